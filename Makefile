@@ -1,0 +1,36 @@
+# make run: initialise adapters for the demo model. make test: all tests. make check: format, lint, types, layers.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: run test check format clean
+
+run: .venv/installed
+	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
+		--data examples/data/word_problems.jsonl --output runs/demo --overwrite
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch first, so that nothing else chooses its build. The group `bare` goes in without what its metadata asks for:
+# torchvision and llama-cpp-python, which nothing here uses.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade "pip>=25.1"
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[gguf]" --group dev
+	$(INSTALL) --no-deps --group bare
+	touch $@
+
+clean:
+	rm -rf .venv runs build dist

@@ -1,0 +1,52 @@
+"""Data-aware LoRA initialisation (LoRA-DA, arXiv 2510.24561) from pluggable approximations."""
+
+from lora_da_core.config import LoraDAConfig, Preset
+from lora_da_core.errors import (
+    AdapterError,
+    ConvergenceError,
+    DataError,
+    LoraDAError,
+    ModelError,
+    OptionError,
+    PluginError,
+    StorageError,
+    TargetError,
+    UnknownNameError,
+)
+from lora_da_core.hookspecs import hookimpl, hookspec
+from lora_da_core.pipeline import (
+    Pipeline,
+    build_pipeline,
+    get_lora_da_model,
+    get_lora_da_state_dict,
+    initialize_lora_da_weights,
+)
+from lora_da_core.registry import list_plugins
+from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
+
+__all__ = [
+    "AdapterError",
+    "ConvergenceError",
+    "DataError",
+    "LayerReport",
+    "LoraDAConfig",
+    "LoraDAError",
+    "LoraDAResult",
+    "LoraFactors",
+    "ModelError",
+    "OptionError",
+    "Pipeline",
+    "PluginError",
+    "Preset",
+    "RunReport",
+    "StorageError",
+    "TargetError",
+    "UnknownNameError",
+    "build_pipeline",
+    "get_lora_da_model",
+    "get_lora_da_state_dict",
+    "hookimpl",
+    "hookspec",
+    "initialize_lora_da_weights",
+    "list_plugins",
+]

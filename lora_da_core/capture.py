@@ -1,0 +1,352 @@
+"""Runs the model over the batches and feeds the accumulators: the only room that touches modules, and it restores them.
+
+Gradients come from taps on the layers' outputs, so no weight needs a `.grad` and quantized bases work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_da_core.batches import labelled_part, to_device
+from lora_da_core.errors import LoraDAError, ModelError, PluginError, TargetError
+from lora_da_core.interfaces import (
+    Accumulator,
+    FisherEstimator,
+    GradientEstimator,
+    Objective,
+)
+from lora_da_core.modes import first_non_finite_module, prepared
+from lora_da_core.operators import accumulation_dtype
+from lora_da_core.taps import InputRecord, Tap, TokenLedger, Use
+from lora_da_core.types import Batch, FisherStatistics, LayerSpec, TokenMask
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, what is done and what there is to do."""
+
+
+@dataclass
+class InputGroup:
+    """The layers that read one input tensor, and the statistics they share."""
+
+    leader: str
+    accumulator: Accumulator
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerStatistics:
+    """The accumulators of one layer; `group` is known once the layer has run."""
+
+    spec: LayerSpec
+    fisher: Accumulator
+    gradient: Accumulator | None
+    group: InputGroup | None = None
+    tokens: int = 0
+
+
+@dataclass
+class Statistics:
+    """All sums of a run."""
+
+    layers: dict[str, LayerStatistics]
+    samples: int = 0
+    label_tokens: int = 0
+    loss_sum: float = 0.0
+
+    def of_layer(self, name: str) -> FisherStatistics:
+        """The Fisher statistics of one layer, its input's included."""
+        layer = self.layers[name]
+        if layer.group is None:
+            raise TargetError(f"layer {name} never ran")
+        return FisherStatistics(
+            spec=layer.spec,
+            input=layer.group.accumulator.statistics(),
+            layer=layer.fisher.statistics(),
+            samples=self.samples,
+            tokens=layer.tokens,
+            shared=layer.group.shared,
+        )
+
+
+@dataclass(frozen=True)
+class CaptureTask:
+    """What to run: the model, the layers' modules by name, and the components that define the statistics."""
+
+    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    specs: Sequence[LayerSpec]
+    objective: Objective[Any]
+    estimator: FisherEstimator[Any]
+    gradient: GradientEstimator[Any]
+    token_mask: TokenMask
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go: the device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    @property
+    def needs_backward(self) -> bool:
+        """Whether anything needs output gradients."""
+        return self.estimator.needs_output_grads or not self.gradient.forward_only
+
+
+def collect(
+    task: CaptureTask, batches: Sequence[Batch], *, generator: torch.Generator, on_progress: Progress | None = None
+) -> Statistics:
+    """Runs every pass of the estimator over the batches.
+
+    Samples without labels are left out. The result does not depend on how samples are batched, ordered or padded.
+
+    Args:
+        task: What to run.
+        batches: Mappings of tensors whose first dimension counts samples.
+        generator: Source of labels drawn from the model, on the CPU.
+        on_progress: Told of every batch.
+
+    Returns:
+        The accumulators and counts.
+
+    Raises:
+        ModelError: A loss or gradient is not finite; the model is restored first.
+        TargetError: A layer never ran.
+        PluginError: An accumulator raised.
+    """
+    run = _Run(task, generator)
+    done, total = 0, task.estimator.passes * len(batches)
+    with prepared(task.model), run.hooks():
+        for index in range(task.estimator.passes):
+            for number, batch in enumerate(batches):
+                run.batch(index, number, batch)
+                done += 1
+                if on_progress is not None:
+                    on_progress("statistics", done, total)
+            run.end_pass(index)
+    return run.statistics
+
+
+class _Run:
+    """The state of one `collect`: hooks, the current batch, and where its tokens go."""
+
+    def __init__(self, task: CaptureTask, generator: torch.Generator) -> None:
+        self.task = task
+        self.generator = generator
+        self.groups: dict[str, InputGroup] = {}
+        self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
+        self.specs = {spec.name: spec for spec in task.specs}
+        self._pass = 0
+        self._batch: TokenLedger | None = None
+        self._takes_gradient = self._takes_fisher = self._takes_inputs = False
+
+    def _dtype(self, name: str) -> torch.dtype:
+        weight = getattr(self.task.modules[name], "weight", None)
+        return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+
+    def _device(self, name: str) -> torch.device:
+        parameter = next(self.task.modules[name].parameters(), None)
+        return self.task.device if parameter is None else parameter.device
+
+    def _layer(self, spec: LayerSpec) -> LayerStatistics:
+        device, dtype = self._device(spec.name), self._dtype(spec.name)
+        fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
+        if self.task.gradient.forward_only:
+            return LayerStatistics(spec, fisher, None)
+        return LayerStatistics(spec, fisher, self.task.gradient.accumulator(spec, device=device, dtype=dtype))
+
+    @contextlib.contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Taps on every target, removed whatever happens."""
+        with contextlib.ExitStack() as stack:
+            for name, module in self.task.modules.items():
+                handle = module.register_forward_hook(self._forward_hook(name))
+                stack.callback(handle.remove)
+            yield
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def tap(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            tokens = self._batch
+            if tokens is None or not args:
+                return None
+            inputs = args[0]
+            use = Use(name, tokens.input_of(inputs, name))
+            if not self.task.needs_backward:
+                tokens.uses[name] = tokens.uses.get(name, 0) + 1
+                self._sink(use, inputs.detach(), None)
+                return None
+            if not torch.is_grad_enabled():
+                return None
+            tokens.uses[name] = tokens.uses.get(name, 0) + 1
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            tapped: Tensor = Tap.apply(output, inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
+            return tapped
+
+        return tap
+
+    def batch(self, index: int, number: int, batch: Batch) -> None:
+        """One batch of one pass: forward, backward, and the draws of a model-label Fisher."""
+        task, part = self.task, labelled_part(self.task.objective, batch)
+        if part is None:
+            return
+        samples = len(part["labels"])
+        masks = {name: task.objective.token_mask(part, spec, task.token_mask) for name, spec in self.specs.items()}
+        self._pass = index
+        first, drawn = index == 0, task.estimator.labels != "empirical"
+        if first:
+            self.statistics.samples += samples
+            self.statistics.label_tokens += int(task.objective.label_counts(part).sum())
+        on_device = to_device(part, task.device)
+        self._takes_gradient = first and not task.gradient.forward_only
+        self._takes_inputs, self._takes_fisher = True, not drawn
+        losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, masks, number)
+        if first:
+            self.statistics.loss_sum += float(losses.detach().double().sum())
+        if drawn and task.estimator.needs_output_grads:
+            self._takes_gradient = self._takes_inputs = False
+            self._takes_fisher = True
+            draws = task.objective.fisher_losses(task.model, on_device, task.estimator.labels, generator=self.generator)
+            for draw in draws:
+                self._differentiate(draw, samples, masks, number)
+
+    def _differentiate(
+        self, losses_of: Callable[[], Tensor], samples: int, masks: Mapping[str, Tensor], number: int
+    ) -> Tensor:
+        self._batch = TokenLedger(samples, masks, self.task.device)
+        try:
+            with torch.set_grad_enabled(self.task.needs_backward):
+                losses = losses_of()
+                if losses.shape != (samples,):
+                    raise PluginError(
+                        f"objective {self.task.objective.name!r} returned losses of shape {tuple(losses.shape)} "
+                        f"for {samples} samples in batch {number}; it must be one loss per sample."
+                    )
+                if not bool(losses.isfinite().all()):
+                    raise self._not_finite(losses_of, losses, number)
+                if self.task.needs_backward:
+                    losses.sum().backward()  # type: ignore[no-untyped-call]
+            for name in list(self._batch.waiting):
+                self._flush(name)
+            self._check_gradients(number)
+            return losses
+        finally:
+            self._batch = None
+
+    def _not_finite(self, losses_of: Callable[[], Tensor], losses: Tensor, number: int) -> ModelError:
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        self._batch = None
+        layer = first_non_finite_module(self.task.model, losses_of)
+        where = (
+            f"the first module whose output is not finite is {layer}" if layer else "every module's output is finite"
+        )
+        return ModelError(
+            f"the loss is not finite in batch {number} (samples {bad[:8]} of it); {where}. "
+            "Try float32 (dtype) and look at that batch's data."
+        )
+
+    def _check_gradients(self, number: int) -> None:
+        assert self._batch is not None
+        if not self._batch.finite:
+            return
+        names = list(self._batch.finite)
+        # One synchronisation per batch, whatever the number of layers.
+        flags = torch.stack([flag.to(self.task.device) for flag in self._batch.finite.values()])
+        if not bool(flags.isfinite().all()):
+            first = names[int((~flags.isfinite()).int().argmax())]
+            raise ModelError(
+                f"the gradient is not finite in batch {number}; going back from the loss, layer {first} is the first "
+                "that receives one. Try float32 (dtype) and look at that batch's data."
+            )
+
+    def _sink(self, use: Use, inputs: Tensor, output_grads: Tensor | None) -> None:
+        tokens = self._batch
+        if tokens is None:
+            return
+        waiting = tokens.waiting.setdefault(use.layer, [])
+        waiting.append((use, inputs, output_grads))
+        # All uses of an example go to the accumulators in one call.
+        if len(waiting) == tokens.uses[use.layer] and self.task.needs_backward:
+            self._flush(use.layer)
+
+    def _flush(self, name: str) -> None:
+        assert self._batch is not None
+        tokens = self._batch
+        uses = tokens.waiting.pop(name)
+        inputs = (
+            torch.cat([tokens.flat(x, name) for _, x, _ in uses]) if len(uses) > 1 else tokens.flat(uses[0][1], name)
+        )
+        grads = [g for _, _, g in uses if g is not None]
+        output_grads = torch.cat([tokens.flat(g, name) for g in grads]) if len(grads) > 1 else None
+        if len(grads) == 1:
+            output_grads = tokens.flat(grads[0], name)
+        if output_grads is not None:
+            tokens.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))
+        self._accumulate(name, [use.input for use, _, _ in uses], inputs, output_grads)
+
+    def _accumulate(self, name: str, records: list[InputRecord], inputs: Tensor, output_grads: Tensor | None) -> None:
+        assert self._batch is not None
+        layer, tokens = self.statistics.layers[name], self._batch
+        group = self._group(layer, records[0].leader)
+        example, counted = tokens.examples_and_mask(name, len(inputs) // len(records), len(records))
+        example = example.to(inputs.device)
+        if self._takes_gradient and layer.gradient is not None:
+            self._update(layer.gradient, name, inputs, output_grads, example)
+        if counted is not None:
+            counted = counted.to(inputs.device)
+            inputs, example = inputs[counted], example[counted]
+            output_grads = None if output_grads is None else output_grads[counted]
+        if self._takes_inputs:
+            layer.tokens += len(inputs) if self._pass == 0 else 0
+            if not all(record.accumulated for record in records):
+                self._update(group.accumulator, name, inputs, output_grads, example)
+                for record in records:
+                    record.accumulated = True
+        if self._takes_fisher:
+            self._update(layer.fisher, name, inputs, output_grads, example)
+
+    def _group(self, layer: LayerStatistics, leader: str) -> InputGroup:
+        name = layer.spec.name
+        if layer.group is None:
+            if leader not in self.groups:
+                accumulator = self.task.estimator.input_accumulator(
+                    self.specs[leader], device=self._device(leader), dtype=self._dtype(leader)
+                )
+                self.groups[leader] = InputGroup(leader, accumulator)
+            layer.group = self.groups[leader]
+        if layer.group.leader != leader:
+            raise ModelError(
+                f"layer {name} read the same input as {layer.group.leader} at first and as {leader} later; "
+                "layers whose inputs are shared only sometimes are not supported. Exclude it with exclude_modules."
+            )
+        return layer.group
+
+    def _update(
+        self, accumulator: Accumulator, name: str, inputs: Tensor, output_grads: Tensor | None, example: Tensor
+    ) -> None:
+        try:
+            accumulator.update(inputs, output_grads, example)
+        except LoraDAError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{type(accumulator).__module__}.{type(accumulator).__qualname__} raised on layer {name}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def end_pass(self, index: int) -> None:
+        """Closes a pass: every layer must have run, and accumulators see the sums."""
+        unused = [name for name, layer in self.statistics.layers.items() if layer.group is None]
+        if unused:
+            raise TargetError(
+                f"{len(unused)} targeted layers never ran on this data, the first is {unused[0]}. "
+                "Leave them out with exclude_modules, or give data that reaches them."
+            )
+        for group in self.groups.values():
+            group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
+        for name, layer in self.statistics.layers.items():
+            layer.fisher.end_pass(index, self.statistics.of_layer(name))

@@ -1,0 +1,112 @@
+"""The settings of a run and of a preset: frozen dataclasses that refuse values out of range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+from lora_da_core.errors import OptionError
+from lora_da_core.types import DampingKind, FisherScale, TokenMask
+
+ComponentChoice = str | tuple[str, dict[str, Any]]
+"""A component by name, or (name, options)."""
+
+PAPER_GAMMA = 1024.0
+
+
+@dataclass(frozen=True)
+class LoraDAConfig:
+    """Settings of Ω, its statistics and the scale of the factors (arXiv 2510.24561).
+
+    Attributes:
+        alpha: Weight α ≥ 0 of the bias term −αΔΔᵀ.
+        beta: Weight β ≥ 0 of the variance term (β/N)V.
+        population: N, the size of the training set; None takes the number of examples given or sampled.
+        scale: `"auto"` sizes the first step by a line search on the samples and gives A the norm of a default
+            LoRA's A; `"fixed"` divides both factors by √γ.
+        gamma: γ > 0; giving it means a fixed scale. None means 1024 where the scale is fixed.
+        normalize: Whether Δ is divided by its spectral norm σ.
+        token_mask: Which tokens enter the Fisher: those that predict a label, or all the attention mask keeps.
+        damping: Damping ≥ 0 of the Fisher.
+        damping_kind: `"relative"` to the Fisher's mean diagonal, or `"absolute"`.
+        fisher_scale: Whether K-FAC's Y is the mean over tokens or the sum over a sample's tokens.
+        samples: Number of samples to read; None reads every batch.
+        seed: Seed of every random number.
+        unconverged: What to do where a solver misses its tolerance: `"fallback"` to dense eigh, `"warn"` or
+            `"error"`.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.03
+    population: int | None = None
+    scale: Literal["auto", "fixed"] = "auto"
+    gamma: float | None = None
+    normalize: bool = True
+    token_mask: TokenMask = "labels"
+    damping: float = 100.0
+    damping_kind: DampingKind = "relative"
+    fisher_scale: FisherScale = "token_mean"
+    samples: int | None = None
+    seed: int = 0
+    unconverged: Literal["fallback", "warn", "error"] = "fallback"
+
+    _minimum: ClassVar[dict[str, float]] = {"alpha": 0, "beta": 0, "damping": 0, "seed": 0}
+    _positive: ClassVar[tuple[str, ...]] = ("population", "gamma", "samples")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for entry in fields(self):
+            value, allowed = getattr(self, entry.name), get_args(hints[entry.name])
+            if allowed and all(isinstance(choice, str) for choice in allowed) and value not in allowed:
+                raise OptionError(f"{entry.name} is {value!r}; choose one of {', '.join(allowed)}.")
+        for name, least in self._minimum.items():
+            if not _is_number(getattr(self, name)) or getattr(self, name) < least:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; it must be a number of at least {least:g}.")
+        for name in self._positive:
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise OptionError(f"{name} is {value!r}; it must be a number above 0, or left out.")
+        if self.alpha == 0 and self.beta == 0:
+            raise OptionError("alpha and beta are both 0: Ω would be zero. Give at least one of them.")
+
+    @property
+    def automatic_scale(self) -> bool:
+        """Whether the scale comes from the data."""
+        return self.scale == "auto" and self.gamma is None
+
+    @property
+    def fixed_gamma(self) -> float:
+        """γ where the scale is fixed."""
+        return PAPER_GAMMA if self.gamma is None else self.gamma
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A full pipeline setting under a name: components and configuration.
+
+    Attributes:
+        name: What `preset=` takes.
+        summary: One sentence for listings.
+        estimator: Fisher estimator.
+        gradient: Gradient estimator.
+        solver: Solver.
+        config: Everything else.
+        api_version: Version of the plugin contracts it was written for.
+    """
+
+    name: str
+    summary: str
+    estimator: ComponentChoice = "kfac"
+    gradient: ComponentChoice = "full"
+    solver: ComponentChoice = "auto"
+    config: LoraDAConfig = field(default_factory=LoraDAConfig)
+    api_version: int = 1

@@ -1,0 +1,239 @@
+"""The contracts a plugin fulfils. Abstract classes alone: no plugin is named here, none is privileged."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_da_core.operators import DenseMap, LinearMap, SymmetricOperator
+from lora_da_core.types import (
+    Batch,
+    DampingKind,
+    EigenResult,
+    FisherScale,
+    FisherStatistics,
+    LabelKind,
+    LayerSpec,
+    TokenMask,
+)
+
+API_VERSION = 1
+"""The version of these contracts; a plugin class states the one it was written for."""
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a component that has none."""
+
+
+OptionsT = TypeVar("OptionsT")
+
+
+class Component(ABC, Generic[OptionsT]):
+    """What all pluggable classes have in common.
+
+    A class states `name`, `api_version` and `Options`, a frozen dataclass whose `__post_init__` raises
+    `ValueError` for values out of range. `cls(options)` makes an instance.
+    """
+
+    name: ClassVar[str]
+    api_version: ClassVar[int]
+    Options: ClassVar[type[Any]] = NoOptions
+
+    def __init__(self, options: OptionsT) -> None:
+        self.options = options
+
+
+class Accumulator(ABC):
+    """Running sums over tokens. Sums merge by addition, or by `merge` where the estimator is not additive."""
+
+    @abstractmethod
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        """Add tokens; all tokens and all uses of an example come in one call.
+
+        Args:
+            inputs: (tokens, in), the layer's inputs x.
+            output_grads: (tokens, out), gradients of the *per-sample* loss with respect to y; None for an
+                estimator that needs none.
+            example: (tokens,), int64, which sample of this call a token belongs to.
+        """
+
+    @abstractmethod
+    def statistics(self) -> dict[str, Tensor]:
+        """The sums so far. Tensors are live: copy before a further update if they must stay."""
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        """Add another shard's statistics; the default adds tensor by tensor."""
+        for key, value in self.statistics().items():
+            value.add_(other[key].to(value.device, value.dtype))
+
+    def end_pass(self, index: int, merged: FisherStatistics) -> None:  # noqa: B027 - most need no second pass
+        """Called after pass `index` with the statistics merged over all shards, the input's included."""
+
+
+class LayerFisher(ABC):
+    """A damped Fisher information J of one layer, (out·in) × (out·in), behind the two things LoRA-DA needs."""
+
+    damping: Mapping[str, float] = {}
+    """The damping as used, by factor; for the report."""
+    remedies: tuple[str, ...] = ()
+    """What had to be done to factorise J, in order; empty where nothing had to."""
+
+    @abstractmethod
+    def solve(self, gradient: Tensor) -> Tensor:
+        """J⁻¹ vec(gradient), (out, in) to (out, in)."""
+
+    @abstractmethod
+    def apply(self, weights: Tensor) -> Tensor:
+        """J vec(weights), (out, in) to (out, in)."""
+
+    @abstractmethod
+    def inverse_input_trace(self) -> SymmetricOperator:
+        """V = Σ_o (J⁻¹)[o, :, o, :], the partial trace of J⁻¹ over outputs, of order `in`."""
+
+    def step(self, gradient: LinearMap) -> LinearMap:
+        """Δ_raw = −(J⁻¹G)ᵀ, (in, out), from G (out, in); override where it need not be formed."""
+        return DenseMap(-self.solve(gradient.to_dense()).mT.contiguous())
+
+
+class FisherEstimator(Component[OptionsT]):
+    """Accumulates statistics of one layer and turns them into its Fisher."""
+
+    @property
+    def passes(self) -> int:
+        """How often the data is read."""
+        return 1
+
+    @property
+    def needs_output_grads(self) -> bool:
+        """Whether a backward pass is needed."""
+        return True
+
+    @property
+    def labels(self) -> LabelKind:
+        """Whose labels the Fisher takes: the data's, the model's samples, or their exact expectation."""
+        return "empirical"
+
+    @property
+    def additive(self) -> bool:
+        """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
+        return True
+
+    @abstractmethod
+    def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        """The accumulator of an input tensor; layers that read the same tensor share it. Called without grads."""
+
+    @abstractmethod
+    def layer_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        """The accumulator of one layer."""
+
+    @abstractmethod
+    def fisher(
+        self,
+        statistics: FisherStatistics,
+        *,
+        damping: float,
+        damping_kind: DampingKind,
+        fisher_scale: FisherScale,
+    ) -> LayerFisher:
+        """The damped Fisher; damping enters here, so sweeping it needs no new pass."""
+
+    @abstractmethod
+    def statistics_bytes(self, spec: LayerSpec, *, samples: int, tokens: int, itemsize: int) -> tuple[int, int]:
+        """Bytes of the (shared input, layer) statistics, before any is allocated.
+
+        Args:
+            spec: The layer.
+            samples: Samples that will be read.
+            tokens: Tokens that will pass the mask, over all samples.
+            itemsize: Bytes of one element of the sums.
+        """
+
+
+class LossProbe(ABC):
+    """Evaluates the loss with low-rank changes to layers; no weight is touched."""
+
+    @abstractmethod
+    def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
+        """Per-sample losses (n,) where each named layer computes (W + change)·x, change (out, in)."""
+
+
+class GradientEstimator(Component[OptionsT]):
+    """Estimates the mean gradient G (out, in) of one layer.
+
+    A backward estimator overrides `accumulator` and `gradient`; one that needs forward passes alone sets
+    `forward_only` and overrides `estimate`.
+    """
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether the estimate comes from a `LossProbe` instead of a backward pass."""
+        return False
+
+    @property
+    def additive(self) -> bool:
+        """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
+        return True
+
+    @abstractmethod
+    def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        """The accumulator of one layer; it sees every token, whatever the token mask."""
+
+    @abstractmethod
+    def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:
+        """G = (1/n) Σ_n G_n, (out, in), from the accumulator's sums."""
+
+    @abstractmethod
+    def statistics_bytes(self, spec: LayerSpec, *, itemsize: int) -> int:
+        """Bytes of one layer's statistics."""
+
+    def estimate(
+        self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator
+    ) -> dict[str, dict[str, Tensor]]:
+        """Statistics by layer from forward passes alone, to be given to `gradient`."""
+        raise TypeError(f"gradient estimator {self.name!r} is not forward-only")
+
+
+class Solver(Component[OptionsT]):
+    """Finds the smallest eigenpairs of a symmetric operator. It does not know what LoRA is."""
+
+    @abstractmethod
+    def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:
+        """The `rank` smallest eigenpairs.
+
+        Args:
+            operator: The operator; products in its own dtype.
+            rank: 1 ≤ rank ≤ operator.size.
+            generator: Source of all random numbers, on the operator's device.
+        """
+
+
+class Objective(Component[OptionsT]):
+    """The loss that is differentiated, sample by sample."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-sample losses (samples,), each the mean over that sample's own label tokens."""
+
+    @abstractmethod
+    def label_counts(self, batch: Batch) -> Tensor:
+        """How many labels each sample's loss averages over, (samples,); 0 says there is nothing to learn."""
+
+    @abstractmethod
+    def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask) -> Tensor:
+        """Which of the layer's tokens count for the Fisher, bool (samples, tokens)."""
+
+    def fisher_losses(
+        self, model: nn.Module, batch: Batch, labels: LabelKind, *, generator: torch.Generator
+    ) -> Iterator[Callable[[], Tensor]]:
+        """Draws of the model-label Fisher: each call gives per-sample losses to differentiate once.
+
+        The sum over draws of g gᵀ must be the statistic asked for (a draw of an expectation is weighted by the
+        root of its probability). Only objectives with a likelihood can offer it.
+        """
+        raise TypeError(f"objective {self.name!r} cannot draw labels from the model")

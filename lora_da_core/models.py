@@ -1,0 +1,194 @@
+"""Loading a causal language model with its tokenizer: from the hub, a directory or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_da_core.errors import ModelError, OptionError
+from lora_da_core.sources import looks_like_path, nearby, reason
+
+_SUFFIXES = (".gguf",)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and its tokenizer.
+
+    Attributes:
+        model: The model, on its device.
+        tokenizer: Its tokenizer, with a padding token.
+        source: What it was loaded from, as given.
+        notes: What was assumed, in plain sentences.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens the model takes at most; None where it does not say."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def load_model(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Loads a causal language model.
+
+    Args:
+        source: A hub id, a directory as `save_pretrained` writes it, or a .gguf file, which is de-quantized.
+        device: `"auto"` takes a GPU where there is one; otherwise a device as torch writes it.
+        dtype: `"auto"` takes the checkpoint's on an accelerator and float32 on the CPU; otherwise one of
+            `float32 bfloat16 float16 float64`.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be loaded.
+        OptionError: The device or the dtype does not exist.
+    """
+    chosen = _device(device)
+    precision = _dtype(dtype, chosen)
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_gguf(path)
+        location: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif path.is_dir():
+        _check_directory(path)
+        location = {"pretrained_model_name_or_path": str(path)}
+    elif looks_like_path(str(source), _SUFFIXES):
+        raise ModelError(f"model '{source}' does not exist. {nearby(path, _SUFFIXES)}")
+    else:
+        location = {"pretrained_model_name_or_path": str(source)}
+    location["trust_remote_code"] = trust_remote_code
+    model, tokenizer = _load(str(source), location, precision)
+    return LoadedModel(_place(model, chosen), tokenizer, str(source), _ensure_padding(tokenizer, str(source)))
+
+
+def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with _progress_bars_off():
+            tokenizer = AutoTokenizer.from_pretrained(**location)
+            plain = _dequantized() if "gguf_file" in location else {}
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(**location, **plain, dtype=dtype)
+    except Exception as error:  # config, weights, tokenizer and hub each raise their own; the answer is the same
+        raise ModelError(
+            f"model '{source}' cannot be loaded: {reason(error)} Give a causal language model: a hub id, a "
+            "directory that save_pretrained wrote, or a .gguf file."
+        ) from error
+    if plain:
+        _forget_quantization(model)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _progress_bars_off() -> Iterator[None]:
+    """Hides the bars of reading weights from disk; a download keeps its own."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    from transformers.utils import logging
+
+    previous = logging.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **{**kwargs, "disable": True}))
+    bar = getattr(gguf_reader, "tqdm", None)  # heeds no setting of the library
+    if bar is not None:
+        gguf_reader.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)
+        if bar is not None:
+            gguf_reader.tqdm = bar
+
+
+def _dequantized() -> dict[str, Any]:
+    """What asks for plain weights; releases that cannot keep GGUF blocks packed have nothing to ask."""
+    import transformers
+
+    options = getattr(transformers, "GgufConfig", None)
+    return {} if options is None else {"quantization_config": options(dequantize=True)}
+
+
+def _forget_quantization(model: Any) -> None:
+    """The weights are plain now; what still calls them quantized would refuse training and saving."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def _ensure_padding(tokenizer: Any, source: str) -> tuple[str, ...]:
+    if tokenizer.pad_token_id is not None:
+        return ()
+    if tokenizer.eos_token is None:
+        raise ModelError(f"the tokenizer of '{source}' has neither a padding nor an end-of-text token; set one.")
+    tokenizer.pad_token = tokenizer.eos_token
+    return (f"The tokenizer has no padding token: '{tokenizer.eos_token}' pads.",)
+
+
+def _place(model: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        return model.to(device)
+    except RuntimeError as error:  # out of memory, above all
+        raise ModelError(f"the model does not fit on {device}: {reason(error)}") from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device(_accelerator() or "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise OptionError(f"device '{name}' cannot be used: {reason(error)} Take 'auto', or 'cpu'.") from error
+    return device
+
+
+def _accelerator() -> str | None:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else None
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in _DTYPES:
+        raise OptionError(f"dtype '{name}' is unknown; choose one of auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def _check_gguf(path: Path) -> None:
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"model '{path}' is a file, but not a .gguf file; give the directory of the checkpoint.")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading '{path}' takes the gguf package: pip install \"lora-da-core[gguf]\".")
+
+
+def _check_directory(path: Path) -> None:
+    if (path / "config.json").is_file():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"'{path}' is a PEFT adapter, not a model; give the base model that it adapts.")
+    files = sorted(entry.name for entry in path.glob("*.gguf"))
+    hint = f" Did you mean '{path / files[0]}'?" if files else " Give a directory that save_pretrained wrote."
+    raise ModelError(f"directory '{path}' holds no config.json.{hint}")

@@ -1,0 +1,46 @@
+"""Putting a model into a state for measuring, and looking at what it computes, without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen weights, put back as found whatever happens."""
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def first_non_finite_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
+    """The first module, in the order of the forward pass, whose output tensor is not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return look
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            handle = module.register_forward_hook(watch(name))
+            stack.callback(handle.remove)
+        run()
+    return found[0] if found else None

@@ -1,0 +1,358 @@
+"""Symmetric operators and linear maps that are known by their products with skinny blocks.
+
+All tensors may carry leading batch dimensions: an operator on (…, size) multiplies blocks (…, size, k).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: the larger of float32 and `dtype`.
+
+    >>> accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.promote_types(torch.float32, dtype) if dtype.is_floating_point else torch.float32
+
+
+class SymmetricOperator(ABC):
+    """A symmetric matrix of order `size`, or a batch of them, known by `matmat`."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Order of the matrix."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of products."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of products."""
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions; empty for a single matrix."""
+        return torch.Size()
+
+    @abstractmethod
+    def matmat(self, block: Tensor) -> Tensor:
+        """The product with `block` (…, size, k), of the same shape."""
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, (…, size, size), exactly symmetric."""
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        dense = self.matmat(eye.expand(*self.batch_shape, self.size, self.size))
+        return 0.5 * (dense + dense.mT)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal, (…, size)."""
+        return self.to_dense().diagonal(dim1=-2, dim2=-1)
+
+    def trace(self) -> Tensor:
+        """The trace, (…)."""
+        return self.diagonal().sum(-1)
+
+    def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        """A cheap product with (self + shift·I)⁻¹ on blocks (size, k), or None where there is none."""
+        return None
+
+
+class Dense(SymmetricOperator):
+    """A stored symmetric matrix, (…, size, size)."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.matrix.shape[:-2]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.matrix @ block
+
+    def to_dense(self) -> Tensor:
+        return 0.5 * (self.matrix + self.matrix.mT)
+
+    def diagonal(self) -> Tensor:
+        return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+
+class Diagonal(SymmetricOperator):
+    """A diagonal matrix, stored as (…, size)."""
+
+    def __init__(self, entries: Tensor) -> None:
+        self.entries = entries
+
+    @property
+    def size(self) -> int:
+        return self.entries.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.entries.shape[:-1]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.entries.unsqueeze(-1) * block
+
+    def to_dense(self) -> Tensor:
+        return torch.diag_embed(self.entries)
+
+    def diagonal(self) -> Tensor:
+        return self.entries
+
+    def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        shifted = (self.entries + shift).unsqueeze(-1)
+        return lambda block: block / shifted
+
+
+class LowRank(SymmetricOperator):
+    """U diag(weights) Uᵀ with U (…, size, k) and weights (…, k)."""
+
+    def __init__(self, basis: Tensor, weights: Tensor) -> None:
+        self.basis = basis
+        self.weights = weights
+
+    @property
+    def size(self) -> int:
+        return self.basis.shape[-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.basis.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.basis.device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.basis.shape[:-2]
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.basis @ (self.weights.unsqueeze(-1) * (self.basis.mT @ block))
+
+    def diagonal(self) -> Tensor:
+        return (self.basis.square() * self.weights.unsqueeze(-2)).sum(-1)
+
+
+class Sum(SymmetricOperator):
+    """The sum of operators of one size, dtype and device."""
+
+    def __init__(self, terms: Sequence[SymmetricOperator]) -> None:
+        self.terms = tuple(terms)
+
+    @property
+    def size(self) -> int:
+        return self.terms[0].size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.terms[0].batch_shape
+
+    def matmat(self, block: Tensor) -> Tensor:
+        total = self.terms[0].matmat(block)
+        for term in self.terms[1:]:
+            total = total + term.matmat(block)
+        return total
+
+    def to_dense(self) -> Tensor:
+        return torch.stack([term.to_dense() for term in self.terms]).sum(0)
+
+    def diagonal(self) -> Tensor:
+        return torch.stack([term.diagonal() for term in self.terms]).sum(0)
+
+
+class Scaled(SymmetricOperator):
+    """`factor` times an operator."""
+
+    def __init__(self, operator: SymmetricOperator, factor: float) -> None:
+        self.operator = operator
+        self.factor = factor
+
+    @property
+    def size(self) -> int:
+        return self.operator.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operator.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.operator.device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.operator.batch_shape
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.factor * self.operator.matmat(block)
+
+    def to_dense(self) -> Tensor:
+        return self.factor * self.operator.to_dense()
+
+    def diagonal(self) -> Tensor:
+        return self.factor * self.operator.diagonal()
+
+    def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        if self.factor == 0:
+            return None
+        inner = self.operator.preconditioner(shift / self.factor)
+        return None if inner is None else lambda block: inner(block) / self.factor
+
+
+class LinearMap(ABC):
+    """A rectangular matrix M (rows, columns), known by the products M·X and Mᵀ·Y with skinny blocks."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Dtype of products."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of products."""
+
+    @abstractmethod
+    def matmat(self, block: Tensor) -> Tensor:
+        """M·block, (columns, k) to (rows, k)."""
+
+    @abstractmethod
+    def rmatmat(self, block: Tensor) -> Tensor:
+        """Mᵀ·block, (rows, k) to (columns, k)."""
+
+    def to_dense(self) -> Tensor:
+        """M itself, (rows, columns)."""
+        return self.matmat(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
+
+
+class DenseMap(LinearMap):
+    """A stored matrix."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.matrix.shape[-2], self.matrix.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.matrix @ block
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.matrix.mT @ block
+
+    def to_dense(self) -> Tensor:
+        return self.matrix
+
+
+class LowRankMap(LinearMap):
+    """left · rightᵀ with left (rows, k) and right (columns, k)."""
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left
+        self.right = right
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.left.shape[-2], self.right.shape[-2])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return self.left @ (self.right.mT @ block)
+
+    def rmatmat(self, block: Tensor) -> Tensor:
+        return self.right @ (self.left.mT @ block)
+
+    def to_dense(self) -> Tensor:
+        return self.left @ self.right.mT
+
+
+class NegatedGram(SymmetricOperator):
+    """−weight · M Mᵀ of a linear map: the bias term of Ω, and for weight 1 the operator whose least value is −σ²."""
+
+    def __init__(self, linear_map: LinearMap, weight: float = 1.0) -> None:
+        self.linear_map = linear_map
+        self.weight = weight
+
+    @property
+    def size(self) -> int:
+        return self.linear_map.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear_map.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.linear_map.device
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return -self.weight * self.linear_map.matmat(self.linear_map.rmatmat(block))
+
+    def to_dense(self) -> Tensor:
+        matrix = self.linear_map.to_dense()
+        gram = matrix @ matrix.mT
+        return -0.5 * self.weight * (gram + gram.mT)
+
+    def diagonal(self) -> Tensor:
+        return -self.weight * self.linear_map.to_dense().square().sum(-1)

@@ -1,0 +1,441 @@
+"""Assembles a pipeline from installed plugins and runs it: statistics, solutions, scale, factors."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_da_core import capture
+from lora_da_core.batches import first_samples, label_counts, spread
+from lora_da_core.capture import CaptureTask, Progress, Statistics
+from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.errors import DataError, OptionError
+from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, Solver
+from lora_da_core.omega import balanced_factors, fixed_factors
+from lora_da_core.operators import LinearMap, LowRankMap, accumulation_dtype
+from lora_da_core.probe import LowRankProbe
+from lora_da_core.registry import Registry
+from lora_da_core.scale import LineSearch, line_search
+from lora_da_core.solving import LayerSolution, LayerSolver
+from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from lora_da_core.adapter import Targets
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_PRESET = "robust"
+SEARCH_SAMPLES = 32
+"""Samples that the line search reads."""
+
+FEW_SAMPLES, FEW_TOKENS_PER_RANK = 8, 10
+"""Below these a warning says that the estimate is poor."""
+
+
+def build_pipeline(
+    estimator: ComponentChoice | None = None,
+    solver: ComponentChoice | None = None,
+    gradient: ComponentChoice | None = None,
+    objective: ComponentChoice = "causal_lm",
+    *,
+    preset: str = DEFAULT_PRESET,
+    config: LoraDAConfig | None = None,
+) -> Pipeline:
+    """Assembles a pipeline; every name and option is checked here, before any model is touched.
+
+    Args:
+        estimator: Fisher estimator, a name or (name, options); None takes the preset's.
+        solver: Solver, likewise; `"auto"` chooses per layer.
+        gradient: Gradient estimator, likewise.
+        objective: The loss that is differentiated.
+        preset: Setting that fills whatever is not given.
+        config: Replaces the preset's configuration.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        UnknownNameError: A name is not installed; the message lists the alternatives.
+        OptionError: An option is unknown or out of range, or the components do not go together.
+    """
+    registry = Registry()
+    base: Preset = registry.resolve("preset", preset)
+    chosen = solver or base.solver
+    parts = Components(
+        estimator=registry.create("estimator", estimator or base.estimator),
+        gradient=registry.create("gradient", gradient or base.gradient),
+        objective=registry.create("objective", objective),
+        solver=None if chosen == "auto" else registry.create("solver", chosen),
+    )
+    parts.check()
+    return Pipeline(registry, parts, config or base.config)
+
+
+@dataclass(frozen=True)
+class Components:
+    """The instances a pipeline is made of; `solver` None chooses per layer."""
+
+    estimator: FisherEstimator[Any]
+    gradient: GradientEstimator[Any]
+    objective: Objective[Any]
+    solver: Solver[Any] | None
+
+    def check(self) -> None:
+        """Refuses components that do not go together.
+
+        Raises:
+            OptionError: The estimator draws labels and the objective cannot.
+        """
+        draws = type(self.objective).fisher_losses is not Objective.fisher_losses
+        if self.estimator.labels != "empirical" and not draws:
+            raise OptionError(
+                f"estimator {self.estimator.name!r} asks for labels={self.estimator.labels!r}, which objective "
+                f"{self.objective.name!r} cannot draw; use labels='empirical'."
+            )
+
+    def names(self) -> dict[str, str]:
+        """Name by kind."""
+        solver = "auto" if self.solver is None else self.solver.name
+        named = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
+        return {**{kind: component.name for kind, component in named.items()}, "solver": solver}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Options by kind."""
+        parts = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
+        found = {kind: asdict(component.options) for kind, component in parts.items()}
+        return {**found, "solver": {} if self.solver is None else asdict(self.solver.options)}
+
+
+class Pipeline:
+    """A ready pipeline; it holds no state of a run, so it can be run any number of times."""
+
+    def __init__(self, registry: Registry, components: Components, config: LoraDAConfig) -> None:
+        self.registry = registry
+        self.components = components
+        self.config = config
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
+        return f"Pipeline({names}, config={self.config!r})"
+
+    def run(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        peft_config: LoraConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        on_progress: Progress | None = None,
+    ) -> LoraDAResult:
+        """Estimates, solves and scales; the model is left exactly as found.
+
+        Args:
+            model: A base model, or a PeftModel that carries the adapter.
+            batches: Mappings of tensors whose first dimension counts samples, with `labels`.
+            peft_config: The LoRA configuration; None takes the PeftModel's own.
+            adapter_name: The adapter, where the model carries several.
+            on_progress: Told of each phase's progress.
+
+        Returns:
+            The factors as the adapter stores them, before PEFT's scaling, and the report.
+
+        Raises:
+            LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
+        """
+        from lora_da_core import adapter
+
+        lora = adapter.config_of(model, adapter_name) if peft_config is None else peft_config
+        targets = adapter.resolve_targets(model, lora, adapter_name)
+        taken = first_samples(batches, self.config.samples)
+        counts = label_counts(self.components.objective, taken)
+        with adapter.adapters_disabled(model):
+            return _PipelineRun(self, targets, adapter.base_of(model), taken, counts, on_progress).result()
+
+
+class _PipelineRun:
+    """One run of a pipeline, phase by phase."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        targets: Targets,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        counts: Tensor,
+        on_progress: Progress | None,
+    ) -> None:
+        parts = pipeline.components
+        self.pipeline, self.config, self.batches, self.on_progress = pipeline, pipeline.config, batches, on_progress
+        self.task = CaptureTask(
+            model=model,
+            modules=targets.modules,
+            specs=targets.specs,
+            objective=parts.objective,
+            estimator=parts.estimator,
+            gradient=parts.gradient,
+            token_mask=pipeline.config.token_mask,
+        )
+        self.notes: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._check_samples(counts)
+
+    def result(self) -> LoraDAResult:
+        """All phases in order."""
+        statistics = self._timed("statistics", self._statistics)
+        gradients = self._timed("gradient", lambda: self._gradients(statistics))
+        solutions = self._timed("solve", lambda: self._solutions(statistics, gradients))
+        factors, scale = self._timed("scale", lambda: self._scaled(solutions))
+        reports = [self._layer_report(spec, statistics, solutions, factors) for spec in self.task.specs]
+        for report in reports:
+            for fault in self.pipeline.registry.layer_finished(report.name, report):
+                logger.warning("%s", fault)
+        return LoraDAResult(factors, self._report(reports, statistics, scale))
+
+    def _check_samples(self, counts: Tensor) -> None:
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            self._note(f"{len(empty)} of {len(counts)} samples have no labels and are left out (samples {_few(empty)})")
+        usable = len(counts) - len(empty)
+        if usable < FEW_SAMPLES:
+            self._note(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 256")
+
+    def _statistics(self) -> Statistics:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        found = capture.collect(self.task, self.batches, generator=generator, on_progress=self.on_progress)
+        for spec in self.task.specs:
+            tokens = found.layers[spec.name].tokens
+            if tokens < spec.rank:
+                raise DataError(
+                    f"layer {spec.name}: {tokens} tokens count for the Fisher, fewer than the rank {spec.rank}. "
+                    "Give more samples, a smaller rank, or token_mask='attention'."
+                )
+        fewest = min(self.task.specs, key=lambda spec: found.layers[spec.name].tokens / spec.rank)
+        tokens = found.layers[fewest.name].tokens
+        if tokens < FEW_TOKENS_PER_RANK * fewest.rank:
+            self._note(
+                f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; "
+                f"give at least {FEW_TOKENS_PER_RANK * fewest.rank}"
+            )
+        return found
+
+    def _gradients(self, statistics: Statistics) -> dict[str, LinearMap]:
+        estimator = self.task.gradient
+        if estimator.forward_only:
+            generator = torch.Generator().manual_seed(self.config.seed)
+            with LowRankProbe(self.task, self.batches) as probe:
+                sums = estimator.estimate(probe, self.task.specs, generator=generator)
+        else:
+            taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+            sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
+        return {
+            spec.name: estimator.gradient(sums[spec.name], spec, samples=statistics.samples) for spec in self.task.specs
+        }
+
+    def _solutions(self, statistics: Statistics, gradients: Mapping[str, LinearMap]) -> dict[str, LayerSolution]:
+        parts = self.pipeline.components
+        solver = LayerSolver(self.pipeline.registry, parts.estimator, parts.solver, self.config)
+        solutions: dict[str, LayerSolution] = {}
+        # Layers of one input group follow each other, so that its factorisation can go when they are done.
+        by_group: dict[str, list[str]] = {}
+        for name, layer in statistics.layers.items():
+            by_group.setdefault(layer.group.leader if layer.group else name, []).append(name)
+        for names in by_group.values():
+            for name in names:
+                fisher = statistics.of_layer(name)
+                solutions[name] = solver.solve(fisher, gradients[name], self._population(statistics))
+                if self.on_progress is not None:
+                    self.on_progress("solve", len(solutions), len(statistics.layers))
+            fisher.shared.clear()
+        return solutions
+
+    def _population(self, statistics: Statistics) -> int:
+        return statistics.samples if self.config.population is None else self.config.population
+
+    def _scaled(self, solutions: Mapping[str, LayerSolution]) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
+        spaces = {name: solution.subspace for name, solution in solutions.items()}
+        dtypes = {name: _factor_dtype(self.task.modules[name]) for name in spaces}
+        if not self.config.automatic_scale:
+            gamma = self.config.fixed_gamma
+            return {n: fixed_factors(s, gamma, dtypes[n]) for n, s in spaces.items()}, {"gamma": gamma}
+        search = self._search(solutions)
+        if search.multiplier == 0.0:
+            self._note("no step along the solution lowers the loss on the samples: B starts at zero")
+        return {n: balanced_factors(s, search.multiplier, dtypes[n]) for n, s in spaces.items()}, asdict(search)
+
+    def _search(self, solutions: Mapping[str, LayerSolution]) -> LineSearch:
+        chosen = spread(self.batches, SEARCH_SAMPLES)
+        directions = {}
+        for name, solution in solutions.items():
+            space, dtype = solution.subspace, _factor_dtype(self.task.modules[name])
+            directions[name] = (space.projected.to(dtype), space.basis.to(dtype))
+        tries = 0
+        with LowRankProbe(self.task, chosen) as probe:
+
+            def loss(multiplier: float) -> float:
+                nonlocal tries
+                tries += 1
+                changes = {n: LowRankMap(left * multiplier, right) for n, (left, right) in directions.items()}
+                if self.on_progress is not None:
+                    self.on_progress("scale", tries, 0)
+                return float(probe.losses(changes if multiplier else {}).mean())
+
+            return line_search(loss)
+
+    def _layer_report(
+        self,
+        spec: LayerSpec,
+        statistics: Statistics,
+        solutions: Mapping[str, LayerSolution],
+        factors: Mapping[str, LoraFactors],
+    ) -> LayerReport:
+        from lora_da_core.adapter import digest
+
+        solution, pair = solutions[spec.name], factors[spec.name]
+        return LayerReport(
+            name=spec.name,
+            in_features=spec.in_features,
+            out_features=spec.out_features,
+            rank=spec.rank,
+            tokens=statistics.layers[spec.name].tokens,
+            sigma=solution.sigma,
+            ritz_values=solution.values,
+            gap=solution.gap,
+            residual=solution.residual,
+            converged=solution.converged,
+            solver=solution.solver,
+            applies=solution.applies,
+            damping=solution.damping,
+            remedies=solution.remedies,
+            seconds=solution.seconds,
+            digest_A=digest(pair.A),
+            digest_B=digest(pair.B),
+        )
+
+    def _report(self, layers: Sequence[LayerReport], statistics: Statistics, scale: Mapping[str, Any]) -> RunReport:
+        parts = self.pipeline.components
+        packages = ("lora-da-core", "torch", "transformers", "peft")
+        return RunReport(
+            layers=tuple(layers),
+            components=parts.names(),
+            options=parts.options(),
+            config=asdict(replace(self.config, population=self._population(statistics))),
+            samples=statistics.samples,
+            label_tokens=statistics.label_tokens,
+            loss=statistics.loss_sum / statistics.samples,
+            scale=dict(scale),
+            seconds=dict(self.seconds),
+            notes=tuple(self.notes),
+            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+        )
+
+    def _timed(self, phase: str, work: Any) -> Any:
+        start = time.perf_counter()
+        outcome = work()
+        self.seconds[phase] = time.perf_counter() - start
+        return outcome
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        logger.warning("%s", text)
+
+
+def get_lora_da_model(
+    model: nn.Module,
+    peft_config: LoraConfig,
+    batches: Iterable[Batch],
+    *,
+    pipeline: Pipeline | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Runs the pipeline and wraps the model with the initialised adapter.
+
+    Args:
+        model: A base model.
+        peft_config: The LoRA configuration.
+        batches: As `Pipeline.run` takes them.
+        pipeline: None builds the default one.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        A stock PeftModel.
+    """
+    from lora_da_core import adapter
+
+    if adapter.is_peft_model(model):
+        raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
+    result = (pipeline or build_pipeline()).run(model, batches, peft_config)
+    return adapter.apply(model, peft_config, result.factors, adapter_name)
+
+
+def get_lora_da_state_dict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    peft_config: LoraConfig | None = None,
+    *,
+    pipeline: Pipeline | None = None,
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
+    """Runs the pipeline and returns the factors under PEFT's key names, to be given to `initialize_lora_da_weights`.
+
+    Args:
+        model: A base model, or a PeftModel that carries the adapter.
+        batches: As `Pipeline.run` takes them.
+        peft_config: The LoRA configuration; None takes the PeftModel's own.
+        pipeline: None builds the default one.
+        adapter_name: The adapter, where the model carries several.
+
+    Returns:
+        `base_model.model.<module>.lora_A.weight` and `…lora_B.weight`.
+    """
+    from lora_da_core import adapter
+
+    result = (pipeline or build_pipeline()).run(model, batches, peft_config, adapter_name=adapter_name)
+    return adapter.state_dict(result.factors)
+
+
+def initialize_lora_da_weights(
+    peft_model: PeftModel,
+    batches: Iterable[Batch] | None = None,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    pipeline: Pipeline | None = None,
+) -> None:
+    """Initialises an adapter of a PeftModel in place, from data or from a state dict computed before.
+
+    Args:
+        peft_model: A PeftModel.
+        batches: As `Pipeline.run` takes them; not with `state_dict`.
+        state_dict: As `get_lora_da_state_dict` returns it.
+        adapter_name: The adapter.
+        pipeline: None builds the default one.
+
+    Raises:
+        OptionError: Not exactly one of `batches` and `state_dict` is given.
+    """
+    from lora_da_core import adapter
+
+    if (batches is None) == (state_dict is None):
+        raise OptionError("give either batches or state_dict.")
+    if state_dict is None and batches is not None:
+        state_dict = get_lora_da_state_dict(peft_model, batches, pipeline=pipeline, adapter_name=adapter_name)
+    adapter.write(peft_model, state_dict or {}, adapter_name)
+
+
+def _factor_dtype(module: nn.Module) -> torch.dtype:
+    weight = getattr(module, "weight", None)
+    return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+
+
+def _few(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")

@@ -1,0 +1,138 @@
+"""Progress and notes of a run: a live display on a terminal, a few plain lines anywhere else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+LINES_PER_PHASE: Final = 10
+"""Most lines that a phase writes where there is no terminal."""
+
+
+class LiveProgress:
+    """One bar per phase, with counts and the time that is left."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Takes what `Pipeline.run` tells; `total` is 0 where nobody knows it."""
+        if phase not in self._tasks:
+            self._finish_unbounded()
+            self._tasks[phase] = self._bars.add_task(phase, total=total or None)
+        self._bars.update(self._tasks[phase], completed=done)
+
+    def _finish_unbounded(self) -> None:
+        for task in self._bars.tasks:
+            if task.total is None:
+                self._bars.update(task.id, total=task.completed)
+
+    def close(self) -> None:
+        """Ends the bars of unknown length."""
+        self._finish_unbounded()
+
+
+@dataclass
+class _Phase:
+    started: float
+    lines: int = 0
+
+
+class PlainProgress:
+    """A line per tenth of a phase; where the total is unknown, at each doubling of the count.
+
+    Args:
+        write: Takes one line.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._write = write
+        self._clock = clock
+        self._phases: dict[str, _Phase] = {}
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Takes what `Pipeline.run` tells; `total` is 0 where nobody knows it."""
+        state = self._phases.setdefault(phase, _Phase(self._clock()))
+        if not self._due(state, done, total):
+            return
+        state.lines += 1
+        passed = self._clock() - state.started
+        if total == 0:
+            self._write(f"{phase}: {done} done, {passed:.1f} s")
+        elif done < total and passed > 0:
+            # The first step is not in `passed`: the phase was first heard of when that step had ended.
+            left = f", about {passed / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
+            self._write(f"{phase}: {done}/{total}{left}")
+        else:
+            self._write(f"{phase}: {done}/{total}, {passed:.1f} s")
+
+    def _due(self, state: _Phase, done: int, total: int) -> bool:
+        if total == 0:
+            return state.lines < LINES_PER_PHASE and done & (done - 1) == 0
+        return done * LINES_PER_PHASE // total > (done - 1) * LINES_PER_PHASE // total
+
+
+class _NoteHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self._console, record.getMessage(), kind=record.levelname.lower())
+
+
+def note(console: Console, text: str, *, kind: str = "note") -> None:
+    """Writes a sentence on a line of its own, as it is: no markup, no cutting."""
+    console.print(f"{kind}: {' '.join(text.split())}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a run's progress, and this package's warnings as they come.
+
+    Args:
+        console: Where to write; whether it is a terminal decides how.
+
+    Yields:
+        What `Pipeline.run` takes as `on_progress`.
+    """
+    handler = _NoteHandler(console)
+    logger = logging.getLogger("lora_da_core")
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=console) as bars:
+                live = LiveProgress(bars)
+                yield live
+                live.close()
+        else:
+            yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,0 +1,200 @@
+"""A run's directory: a stock PEFT adapter and its report, there completely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from lora_da_core.errors import StorageError
+from lora_da_core.types import LayerReport, RunReport
+
+REPORT_FILE = "lora_da_report.json"
+SETTINGS_FILE = "lora_da_config.json"
+
+
+def check_output(directory: Path, *, overwrite: bool) -> None:
+    """Refuses an output directory that cannot be written, before any work.
+
+    Args:
+        directory: Where the run will be written.
+        overwrite: Whether an earlier run there may be replaced.
+
+    Raises:
+        StorageError: It is a file, holds something that is not an earlier run, or may not be replaced.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise StorageError(f"{directory} is a file; give a directory.")
+    if directory.exists() and any(directory.iterdir()):
+        if not overwrite:
+            raise StorageError(f"{directory} exists and is not empty; give another directory, or --overwrite.")
+        if not (directory / REPORT_FILE).exists():
+            raise StorageError(f"{directory} holds no earlier run of lora-da, so it is not overwritten.")
+    parent = _existing_parent(directory)
+    if not os.access(parent, os.W_OK):
+        raise StorageError(f"{directory} cannot be created: {parent} is not writable.")
+
+
+def save_run(
+    directory: Path,
+    write_adapter: Callable[[str], Any],
+    report: RunReport,
+    *,
+    settings: Mapping[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Writes adapter, report and settings: into a temporary sibling, flushed to disk, then renamed.
+
+    Args:
+        directory: Where the run belongs.
+        write_adapter: Writes the adapter's files into the directory it is given, e.g. `PeftModel.save_pretrained`.
+        report: The run's report.
+        settings: Whatever made the run, JSON-representable.
+        overwrite: Whether an earlier run there may be replaced.
+
+    Raises:
+        StorageError: Something cannot be written; nothing is left behind.
+    """
+    directory = directory.absolute()
+    check_output(directory, overwrite=overwrite)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error}") from error
+    try:
+        fresh, old = workspace / "new", workspace / "old"
+        fresh.mkdir()
+        write_adapter(str(fresh))
+        _write_json(fresh / REPORT_FILE, report_to_json(report))
+        _write_json(fresh / SETTINGS_FILE, dict(settings))
+        for path in [*fresh.rglob("*"), fresh]:
+            _flush(path)
+        _exchange(fresh, directory, old)
+        _flush(directory.parent)
+    except OSError as error:
+        raise StorageError(f"{directory} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _exchange(fresh: Path, directory: Path, old: Path) -> None:
+    """Puts `fresh` in the directory's place; what was there comes back if that fails."""
+    replaced = directory.exists()
+    if replaced:
+        directory.rename(old)
+    try:
+        fresh.rename(directory)
+    except OSError:
+        if replaced:
+            old.rename(directory)
+        raise
+
+
+def read_report(directory: Path) -> RunReport:
+    """The report of a run.
+
+    Args:
+        directory: A directory that `save_run` wrote.
+
+    Returns:
+        The report.
+
+    Raises:
+        StorageError: There is none, or it is damaged.
+    """
+    return report_from_json(_read_json(directory / REPORT_FILE))
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Args:
+        directory: A directory that `save_run` wrote.
+
+    Returns:
+        What was given to `save_run`.
+
+    Raises:
+        StorageError: There are none, or they are damaged.
+    """
+    settings = _read_json(directory / SETTINGS_FILE)
+    if not isinstance(settings, dict):
+        raise StorageError(f"{directory / SETTINGS_FILE} is not a settings file.")
+    return settings
+
+
+def report_to_json(report: RunReport) -> dict[str, Any]:
+    """The report as JSON values; NaN becomes null."""
+    cleaned = _nan_to_none(asdict(report))
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
+def report_from_json(data: Any) -> RunReport:
+    """The inverse of `report_to_json`.
+
+    Args:
+        data: Parsed JSON.
+
+    Returns:
+        The report.
+
+    Raises:
+        StorageError: A field is missing or unknown.
+    """
+    try:
+        layers = tuple(_layer_from_json(layer) for layer in data["layers"])
+        rest = {key: value for key, value in data.items() if key != "layers"}
+        rest["notes"] = tuple(rest["notes"])
+        return RunReport(layers=layers, **rest)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
+
+
+def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:
+    values = dict(data)
+    for entry in fields(LayerReport):
+        if entry.type == "float" and values[entry.name] is None:
+            values[entry.name] = float("nan")
+    values["ritz_values"] = tuple(values["ritz_values"])
+    values["remedies"] = tuple(values["remedies"])
+    return LayerReport(**values)
+
+
+def _nan_to_none(value: Any) -> Any:
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, Mapping):
+        return {key: _nan_to_none(inner) for key, inner in value.items()}
+    return [_nan_to_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _existing_parent(directory: Path) -> Path:
+    return next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist; give a directory that 'lora-da init' wrote.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,98 @@
+"""How a layer's input and output gradient leave the graph, and whose tokens they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_core.errors import ModelError
+
+
+@dataclass
+class InputRecord:
+    """One input tensor of one forward pass."""
+
+    leader: str
+    accumulated: bool = False
+
+
+@dataclass
+class Use:
+    """One run of one layer in one forward pass."""
+
+    layer: str
+    input: InputRecord
+
+
+class Tap(torch.autograd.Function):
+    """Passes a layer's output through, and hands (use, input, output gradient) to a sink in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, use: Use, sink: Callable[[Use, Tensor, Tensor], None]
+    ) -> Tensor:
+        # Saved, not closed over: only then does activation checkpointing keep its memory saving.
+        ctx.save_for_backward(inputs)
+        ctx.use, ctx.sink = use, sink
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.sink(ctx.use, inputs, grads[0])
+        return grads[0], None, None, None
+
+
+class TokenLedger:
+    """Which tokens the current forward pass has, whose they are, and which count."""
+
+    def __init__(self, samples: int, masks: Mapping[str, Tensor], device: torch.device) -> None:
+        self.samples = samples
+        self.masks = masks
+        self.device = device
+        self.uses: dict[str, int] = {}
+        self.waiting: dict[str, list[tuple[Use, Tensor, Tensor | None]]] = {}
+        self.finite: dict[str, Tensor] = {}
+        self._inputs: dict[int, tuple[weakref.ref[Tensor], InputRecord]] = {}
+        self._places: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
+
+    def input_of(self, inputs: Tensor, layer: str) -> InputRecord:
+        """The record of this tensor; layers given the very same tensor get the same record."""
+        known = self._inputs.get(id(inputs))
+        if known is not None and known[0]() is inputs:
+            return known[1]
+        record = InputRecord(layer)
+        self._inputs[id(inputs)] = (weakref.ref(inputs), record)
+        return record
+
+    def flat(self, tensor: Tensor, name: str) -> Tensor:
+        """(samples, …, features) to (tokens, features)."""
+        flat = tensor.detach().flatten(0, -2)
+        if len(flat) % self.samples:
+            raise ModelError(
+                f"layer {name} saw {len(flat)} tokens in a batch of {self.samples} samples, so they cannot be told "
+                "apart by sample. Exclude it with exclude_modules."
+            )
+        return flat
+
+    def examples_and_mask(self, name: str, tokens: int, uses: int) -> tuple[Tensor, Tensor | None]:
+        """Each token's sample (tokens·uses,) and the indices of those that count, None where all do."""
+        mask = self.masks[name]
+        if mask.numel() != tokens:
+            raise ModelError(
+                f"layer {name} saw {tokens} tokens where the token mask has {tuple(mask.shape)}; "
+                "exclude it with exclude_modules."
+            )
+        key = mask.repeat(uses, 1) if uses > 1 else mask
+        for seen, places in self._places:
+            if seen is key or (seen.shape == key.shape and torch.equal(seen, key)):
+                return places
+        example = torch.arange(self.samples, device=self.device).repeat_interleave(tokens // self.samples).repeat(uses)
+        counted = None if bool(key.all()) else key.flatten().nonzero().squeeze(1).to(self.device)
+        self._places.append((key, (example, counted)))
+        return example, counted

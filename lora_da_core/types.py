@@ -1,0 +1,171 @@
+"""Plain records that rooms and plugins hand to each other. No behaviour beyond validation of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+"""One batch as the model takes it: tensors whose first dimension counts samples, `labels` among them."""
+
+DampingKind = Literal["relative", "absolute"]
+FisherScale = Literal["token_mean", "sample"]
+LabelKind = Literal["empirical", "sampled", "exact"]
+TokenMask = Literal["labels", "attention"]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One adapted layer y = Wx, as PEFT will adapt it.
+
+    Attributes:
+        name: Module name in the base model, without PEFT's prefixes.
+        kind: How the module stores its weight, e.g. `"linear"`.
+        in_features: Size of x.
+        out_features: Size of y.
+        rank: PEFT's rank r for this layer, `rank_pattern` applied.
+        scaling: PEFT's factor on B·A, `alpha_pattern` and rsLoRA applied.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class FisherStatistics:
+    """Everything a Fisher estimator gets back of one layer: sums, never means.
+
+    Attributes:
+        spec: The layer.
+        input: Statistics of the input accumulator, which all layers that read the same input share.
+        layer: Statistics of the layer accumulator.
+        samples: Number of samples n that the sums run over.
+        tokens: Number of tokens of this layer that passed the token mask.
+        shared: Scratch space common to the layers that read the same input, so that a factorisation of an
+            input statistic is computed once; keys must name every option the value depends on.
+    """
+
+    spec: LayerSpec
+    input: Mapping[str, Tensor]
+    layer: Mapping[str, Tensor]
+    samples: int
+    tokens: int
+    shared: MutableMapping[Any, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class EigenResult:
+    """The r smallest eigenpairs of a symmetric operator; leading batch dimensions allowed.
+
+    Attributes:
+        values: (…, r), ascending.
+        vectors: (…, size, r), orthonormal columns, the largest entry of each positive.
+        residuals: (…, r), ‖ΩU − UΛ‖ column by column, computed explicitly after the last step.
+        converged: (…), bool, one per matrix.
+        applies: Number of block products with the operator.
+        next_value: (…), the Ritz estimate of the eigenvalue after the last (an upper bound), NaN where unknown.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    applies: int
+    next_value: Tensor
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """LoRA's two factors as stored in the adapter, before PEFT's scaling: A (r, in), B (out, r)."""
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was found for one layer; every field is JSON-representable.
+
+    Attributes:
+        name: Module name.
+        in_features: Size of the input.
+        out_features: Size of the output.
+        rank: Rank of the adapter.
+        tokens: Tokens that entered the Fisher.
+        sigma: ‖Δ_raw‖₂, the spectral norm of the unnormalised Fisher-gradient step.
+        ritz_values: The r smallest eigenvalues of Ω, ascending.
+        gap: λ_{r+1} − λ_r of Ω, from the Ritz estimate of λ_{r+1}; NaN where the solver does not know it.
+        residual: Largest ‖Ωu − λu‖ relative to ‖Ω‖.
+        converged: Whether the solver reached its tolerance.
+        solver: Name of the solver that gave the result.
+        applies: Block products with Ω.
+        damping: Damping as used, by factor.
+        remedies: What had to be done to factorise or converge, in order; empty where nothing had to.
+        seconds: Time spent on this layer's solve.
+        digest_A: SHA-256 of A's bytes as stored.
+        digest_B: SHA-256 of B's bytes as stored.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    tokens: int
+    sigma: float
+    ritz_values: tuple[float, ...]
+    gap: float
+    residual: float
+    converged: bool
+    solver: str
+    applies: int
+    damping: Mapping[str, float]
+    remedies: tuple[str, ...]
+    seconds: float
+    digest_A: str
+    digest_B: str
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a whole run did; every field is JSON-representable.
+
+    Attributes:
+        layers: One report per initialised layer, in the model's order.
+        components: Name of the component taken, by kind (`estimator`, `gradient`, `solver`, `objective`).
+        options: Options of each component, by kind.
+        config: The `LoraDAConfig` as a mapping, with what was left open filled in.
+        samples: Samples that were read.
+        label_tokens: Labels that their losses average over.
+        loss: Mean per-sample loss of the untouched model on those samples.
+        scale: How the factors were scaled: `gamma` of a fixed scale, or what the line search tried and chose.
+        seconds: Wall time by phase: `statistics`, `gradient`, `solve`, `scale`.
+        notes: Everything that was assumed, skipped or mended, in the order it happened.
+        versions: Versions of this package, Python, torch, transformers and peft.
+    """
+
+    layers: tuple[LayerReport, ...]
+    components: Mapping[str, str]
+    options: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any]
+    samples: int
+    label_tokens: int
+    loss: float
+    scale: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LoraDAResult:
+    """The factors of every layer, by module name, and the report of how they came about."""
+
+    factors: Mapping[str, LoraFactors]
+    report: RunReport

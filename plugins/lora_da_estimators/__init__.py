@@ -1,0 +1,1 @@
+"""Fisher estimators, one per module; each module is a plugin of its own."""

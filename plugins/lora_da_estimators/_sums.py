@@ -1,0 +1,82 @@
+"""Accumulators of token sums that merge by addition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_da_core.interfaces import Accumulator
+
+SECOND_MOMENT = "second_moment"
+"""Key of Σ v vᵀ."""
+SQUARES = "squares"
+"""Key of a sum of elementwise squares."""
+
+
+class NoSums(Accumulator):
+    """Keeps nothing: for an estimator that does not look at this side of the layer."""
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        """Ignore the tokens."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {}
+
+
+class InputSecondMoment(Accumulator):
+    """Σ x xᵀ over tokens, (in, in)."""
+
+    def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(size, size, device=device, dtype=dtype)
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        block = inputs.to(self.total)
+        self.total.addmm_(block.mT, block)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {SECOND_MOMENT: self.total}
+
+
+class OutputSecondMoment(Accumulator):
+    """Σ g gᵀ over tokens, (out, out)."""
+
+    def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(size, size, device=device, dtype=dtype)
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        block = required(output_grads).to(self.total)
+        self.total.addmm_(block.mT, block)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {SECOND_MOMENT: self.total}
+
+
+class OutputSquares(Accumulator):
+    """Σ g∘g over tokens, (out,)."""
+
+    def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(size, device=device, dtype=dtype)
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        block = required(output_grads).to(self.total)
+        self.total += block.square().sum(0)
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {SQUARES: self.total}
+
+
+def required(output_grads: Tensor | None) -> Tensor:
+    """The output gradients of an update.
+
+    Args:
+        output_grads: What the caller handed over.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        TypeError: It is None, though the estimator states that it needs output gradients.
+    """
+    if output_grads is None:
+        raise TypeError("this accumulator needs output gradients, and its estimator says so; update() was given None")
+    return output_grads

@@ -1,0 +1,1 @@
+"""Objectives, one per module; each module is a plugin of its own."""

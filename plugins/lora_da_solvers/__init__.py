@@ -1,0 +1,1 @@
+"""Eigen-solvers, one per module; each module is a plugin of its own."""

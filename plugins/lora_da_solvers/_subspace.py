@@ -1,0 +1,162 @@
+"""A growing orthonormal basis with its products, and Rayleigh-Ritz on it: what every projection method shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_da_core.errors import ConvergenceError
+from lora_da_core.operators import SymmetricOperator
+from lora_da_solvers._ritz import residual_norms
+
+_NORM_STEPS = 10
+"""Products spent on an estimate of ‖Ω‖."""
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """Eigenpairs of the projected operator.
+
+    Attributes:
+        values: (…, m), ascending, float64, on the CPU.
+        coefficients: (…, m, m), in the basis, in the operator's dtype and on its device.
+    """
+
+    values: Tensor
+    coefficients: Tensor
+
+
+def orthonormal(block: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of a full-rank block, (…, size, k)."""
+    basis: Tensor = torch.linalg.qr(block).Q
+    return basis
+
+
+class Subspace:
+    """Orthonormal vectors Q, their products ΩQ, and QᵀΩQ, which is computed and never inferred from a recurrence.
+
+    Because the products are kept, residuals of Ritz pairs cost no product with the operator and stay true after
+    restarts and after directions from outside were added. Everything carries the operator's batch dimensions.
+    """
+
+    def __init__(self, operator: SymmetricOperator, capacity: int, generator: torch.Generator) -> None:
+        """Reserve room for `capacity` ≤ operator.size vectors."""
+        shape = (*operator.batch_shape, operator.size, capacity)
+        self.operator = operator
+        self.capacity = capacity
+        self.generator = generator
+        self.filled = 0
+        self.applies = 0
+        self.norm = torch.zeros(operator.batch_shape, dtype=torch.float64)
+        """Largest |Ritz value| seen, (…), on the CPU: the estimate of ‖Ω‖."""
+        self._vectors = torch.empty(shape, dtype=operator.dtype, device=operator.device)
+        self._products = torch.empty_like(self._vectors)
+        self._projected = self._vectors.new_zeros((*operator.batch_shape, capacity, capacity))
+        self._pairs: RitzPairs | None = None
+
+    @property
+    def vectors(self) -> Tensor:
+        """Q, (…, size, filled)."""
+        return self._vectors[..., : self.filled]
+
+    @property
+    def products(self) -> Tensor:
+        """ΩQ, (…, size, filled)."""
+        return self._products[..., : self.filled]
+
+    def random_block(self, width: int) -> Tensor:
+        """Gaussian columns, (…, size, width), not yet orthogonal to anything."""
+        shape = (*self.operator.batch_shape, self.operator.size, width)
+        return torch.randn(shape, dtype=self.operator.dtype, device=self.operator.device, generator=self.generator)
+
+    def orthonormalise(self, block: Tensor) -> Tensor:
+        """Orthonormal columns orthogonal to Q that span what `block` adds to it, (…, size, k).
+
+        A column that adds nothing (it is zero, or lies in Q or in the columns before it up to rounding) is
+        replaced by a random one, so the result always has k columns; this also is how an exhausted Krylov space
+        goes on. Needs filled + k ≤ size.
+        """
+        tiny = torch.finfo(block.dtype).tiny
+        block = self._project_out(self._project_out(block / block.norm(dim=-2, keepdim=True).clamp_min(tiny)))
+        basis, triangle = torch.linalg.qr(block)
+        lost = triangle.diagonal(dim1=-2, dim2=-1).abs() <= torch.finfo(block.dtype).eps
+        basis = torch.where(lost.unsqueeze(-2), self.random_block(block.shape[-1]), basis)
+        # Remainders are kept down to rounding itself: in float32 they are all that is left to go on, long before
+        # convergence. They are orthogonal to Q only up to rounding over their size, hence the second round.
+        return orthonormal(self._project_out(self._project_out(basis)))
+
+    def _project_out(self, block: Tensor) -> Tensor:
+        return block - self.vectors @ (self.vectors.mT @ block) if self.filled else block
+
+    def append(self, block: Tensor) -> None:
+        """Take in a block that is orthonormal and orthogonal to Q, at one product with the operator."""
+        start, stop = self.filled, self.filled + block.shape[-1]
+        self._vectors[..., start:stop] = block
+        self._products[..., start:stop] = self.operator.matmat(block)
+        self.filled = stop
+        self.applies += 1
+        coupling = self.vectors.mT @ self._products[..., start:stop]
+        self._projected[..., :stop, start:stop] = coupling
+        self._projected[..., start:stop, :start] = coupling[..., :start, :].mT
+        self._pairs = None
+
+    def ritz(self) -> RitzPairs:
+        """Eigenpairs of QᵀΩQ, in float64 on the CPU, where small matrices are solved fastest.
+
+        Raises:
+            ConvergenceError: Where a product was not finite.
+        """
+        if self._pairs is None:
+            projected = self._projected[..., : self.filled, : self.filled].to("cpu", torch.float64)
+            if not bool(torch.isfinite(projected).all()):
+                raise ConvergenceError(
+                    f"a product with the operator of order {self.operator.size} holds NaN or infinity; "
+                    "check the gradients and the damping of the Fisher it was made from."
+                )
+            values, coefficients = torch.linalg.eigh(0.5 * (projected + projected.mT))
+            self.norm = torch.maximum(self.norm, values.abs().amax(-1))
+            self._pairs = RitzPairs(values, coefficients.to(self.operator.device, self.operator.dtype))
+        return self._pairs
+
+    def ritz_vectors(self, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` lowest Ritz vectors X and ΩX, each (…, size, count)."""
+        coefficients = self.ritz().coefficients[..., :count]
+        return self.vectors @ coefficients, self.products @ coefficients
+
+    def residual_norms(self, count: int) -> Tensor:
+        """‖Ωx − θx‖ of the `count` lowest Ritz pairs, (…, count), float64, on the CPU."""
+        vectors, products = self.ritz_vectors(count)
+        values = self.ritz().values[..., :count]
+        return residual_norms(products, vectors, values.to(vectors.device)).cpu()
+
+    def restart(self, keep: int) -> None:
+        """Shrink to the `keep` lowest Ritz vectors; costs no product."""
+        values = self.ritz().values[..., :keep]
+        vectors, products = self.ritz_vectors(keep)
+        self._replace(vectors, products)
+        self._projected[..., :keep, :keep] = torch.diag_embed(values.to(vectors.device, vectors.dtype))
+
+    def seed(self, vectors: Tensor, products: Tensor) -> None:
+        """Start anew from orthonormal vectors (…, size, k) whose products are known."""
+        self._replace(vectors, products)
+        self._projected[..., : self.filled, : self.filled] = vectors.mT @ products
+
+    def _replace(self, vectors: Tensor, products: Tensor) -> None:
+        self.filled = vectors.shape[-1]
+        self._vectors[..., : self.filled] = vectors
+        self._products[..., : self.filled] = products
+        self._pairs = None
+
+
+def estimated_norm(operator: SymmetricOperator, generator: torch.Generator) -> tuple[Tensor, int]:
+    """‖Ω‖ from below, (…), by a few Lanczos steps, and how many products that took; 0 for the zero matrix alone."""
+    steps = min(_NORM_STEPS, operator.size)
+    space = Subspace(operator, steps, generator)
+    block = space.random_block(1)
+    for _ in range(steps):
+        space.append(space.orthonormalise(block))
+        block = space.products[..., -1:]
+    space.ritz()
+    return space.norm, space.applies

@@ -1,0 +1,253 @@
+"""Block Lanczos with full reorthogonalisation, thick restart and a verification round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_da_core import hookimpl
+from lora_da_core.interfaces import Solver
+from lora_da_core.operators import SymmetricOperator
+from lora_da_core.types import EigenResult
+from lora_da_solvers._ritz import assemble, check_request, dense_smallest, relative_tolerance, residual_norms
+from lora_da_solvers._subspace import Subspace, orthonormal
+
+_KRYLOV_BLOCKS = 12
+"""Blocks that the basis holds beyond the wanted vectors before it is restarted."""
+_KEPT_BLOCKS = 4
+"""Blocks' worth of further Ritz vectors that a restart keeps."""
+_MARGIN = 0.8
+"""Fraction of the tolerance to iterate to, so that rounding does not undo convergence."""
+_LEAST_STEPS = 3
+"""Products that a verification round makes at least."""
+_LEVEL = 1e-3
+"""Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
+_ATTEMPTS = 4
+"""How often residuals recomputed from fresh products may contradict the kept ones before rounding is blamed."""
+
+
+@dataclass(frozen=True)
+class LanczosOptions:
+    """Options of `Lanczos`.
+
+    Attributes:
+        block_size: Columns p of one product, at least 1; None takes max(8, rank).
+        tolerance: Residual relative to ‖Ω‖ (the largest |Ritz value|), above 0; not taken below 5e-6 in float32.
+        max_applies: Block products after which it gives up, at least 1; enough blocks to hold the rank and the final
+            residuals are always made.
+    """
+
+    block_size: int | None = None
+    tolerance: float = 1e-8
+    max_applies: int = 500
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size is {self.block_size}; give a whole number of at least 1, or None.")
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; give a number between 0 and 1.")
+        if self.max_applies < 1:
+            raise ValueError(f"max_applies is {self.max_applies}; give a whole number of at least 1.")
+
+
+class Lanczos(Solver[LanczosOptions]):
+    """Matrix-free block Lanczos for one matrix or a batch, on any device.
+
+    Krylov methods see at most block-size copies of an eigenvalue, and their residuals are small all the same.
+    So convergence is only believed after a verification round: the converged vectors are locked, a random block
+    is driven through at least three products, until it shows where the rest of the spectrum starts, and the
+    result is accepted if the sum of the wanted Ritz values did not fall. Otherwise iteration goes on from the
+    better vectors. Operators too small for a Krylov space are solved densely.
+
+    Sources: Golub and Underwood 1977 (block Lanczos); Wu and Simon 2000, SIAM J. Matrix Anal. Appl. 22(2),
+    602-616 (thick restart).
+    """
+
+    name = "lanczos"
+    api_version = 1
+    Options = LanczosOptions
+
+    def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:
+        check_request(operator, rank)
+        width = self.options.block_size or max(8, rank)
+        if operator.size < rank + 4 * max(width, rank):
+            return dense_smallest(operator, rank)
+        return _Run(operator, rank, width, self.options, generator).result()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Orthonormal vectors, fresh products, Ritz values, residual norms: what is explicitly known."""
+
+    vectors: Tensor
+    products: Tensor
+    values: Tensor
+    residuals: Tensor
+
+
+class _Run:
+    """One call of the solver. Decisions are taken on the CPU, from small matrices and norms."""
+
+    def __init__(
+        self,
+        operator: SymmetricOperator,
+        rank: int,
+        width: int,
+        options: LanczosOptions,
+        generator: torch.Generator,
+    ) -> None:
+        self.operator = operator
+        self.rank = rank
+        self.width = width
+        self.tolerance = relative_tolerance(options.tolerance, operator.dtype)
+        self.budget = options.max_applies
+        capacity = min(rank + _KRYLOV_BLOCKS * max(width, rank), operator.size - width)
+        self.keep = min(rank + _KEPT_BLOCKS * width, capacity - width)
+        self.space = Subspace(operator, capacity, generator)
+        self.next_value = torch.full(operator.batch_shape, torch.inf, dtype=torch.float64)
+
+    def result(self) -> EigenResult:
+        """Iterate until the candidates of all matrices pass verification, or the budget is spent."""
+        space = self.space
+        space.append(space.orthonormalise(space.random_block(self.width)))
+        verified = torch.zeros(self.operator.batch_shape, dtype=torch.bool)
+        contradicted = 0
+        while True:
+            started = space.applies
+            self._iterate()
+            candidate = self._candidate()
+            accurate = self._accurate(candidate)
+            last = space.applies >= self._iteration_budget or contradicted == _ATTEMPTS
+            if not bool(accurate.all()) and not last:
+                contradicted += 1
+                self._resume(candidate)
+                continue
+            if not bool(accurate.any()):
+                break
+            verified = accurate & self._verify(candidate, space.applies - started)
+            if bool(verified.all()) or last or space.applies >= self._iteration_budget:
+                break
+            self._resume(self._candidate())
+        unknown = torch.where(self.next_value.isinf(), torch.nan, self.next_value)
+        return assemble(
+            self.operator,
+            candidate.values,
+            candidate.vectors,
+            candidate.residuals,
+            converged=verified,
+            applies=space.applies,
+            next_value=unknown,
+        )
+
+    @property
+    def _iteration_budget(self) -> int:
+        """Applies after which iteration stops, so that what has converged by then can still be verified."""
+        return self.budget - self.budget // 4
+
+    def _advance(self) -> None:
+        """One Krylov step from the newest block; restarts the basis where it is full."""
+        space = self.space
+        block = space.orthonormalise(space.products[..., space.filled - self.width :])
+        if space.filled + self.width > space.capacity:
+            space.restart(self.keep)
+        space.append(block)
+
+    def _iterate(self) -> None:
+        """Krylov steps until the kept products say that all matrices have converged, or the budget is spent."""
+        pause, worst = 2, torch.inf
+        while True:
+            for _ in range(pause):
+                if self.space.applies < self._iteration_budget or self.space.filled < self.rank:
+                    self._advance()
+            before, worst = worst, self._worst_residual()
+            if worst <= _MARGIN or self.space.applies >= self._iteration_budget:
+                return
+            pause = _pause(before, worst, pause)
+
+    def _worst_residual(self) -> float:
+        """The largest residual in units of the tolerance, over all matrices and wanted vectors."""
+        space = self.space
+        if space.filled <= self.rank:
+            return torch.inf
+        self._note_next_value()
+        residuals = space.residual_norms(self.rank).amax(-1)
+        return float((residuals / self._allowed()).max())
+
+    def _allowed(self) -> Tensor:
+        """The residual that counts as converged, (…); above 0 even for a zero matrix."""
+        return (self.tolerance * self.space.norm).clamp_min(torch.finfo(torch.float64).tiny)
+
+    def _note_next_value(self) -> None:
+        """Ritz values bound eigenvalues from above in every subspace, so the least one seen is the best."""
+        self.next_value = torch.minimum(self.next_value, self.space.ritz().values[..., self.rank])
+
+    def _candidate(self) -> _Candidate:
+        """The wanted Ritz pairs, orthonormalised anew, with fresh products."""
+        space = self.space
+        vectors = orthonormal(space.ritz_vectors(self.rank)[0])
+        products = self.operator.matmat(vectors)
+        space.applies += 1
+        projected = (vectors.mT @ products).to("cpu", torch.float64)
+        values, rotation = torch.linalg.eigh(0.5 * (projected + projected.mT))
+        rotation = rotation.to(vectors.device, vectors.dtype)
+        vectors, products = vectors @ rotation, products @ rotation
+        residuals = residual_norms(products, vectors, values.to(vectors.device)).cpu()
+        return _Candidate(vectors, products, values, residuals)
+
+    def _accurate(self, candidate: _Candidate) -> Tensor:
+        """Which matrices' candidates meet the tolerance, (…)."""
+        return (candidate.residuals <= self._allowed().unsqueeze(-1)).all(-1)
+
+    def _verify(self, candidate: _Candidate, effort: int) -> Tensor:
+        """Look for something lower in the complement of the candidate; which matrices' sums stand, (…).
+
+        Stops once the least Ritz value of the complement is known well enough to lie above the wanted ones, or
+        after the `effort` that finding the candidate took: a hidden copy shows at least as fast.
+        """
+        space = self.space
+        space.seed(candidate.vectors, candidate.products)
+        space.append(space.orthonormalise(space.random_block(self.width)))
+        steps = 1
+        while space.applies < self.budget and (steps < _LEAST_STEPS or (steps < effort and not self._separated())):
+            self._advance()
+            steps += 1
+        self._note_next_value()
+        fallen = candidate.values.sum(-1) - space.ritz().values[..., : self.rank].sum(-1)
+        stands = fallen <= self.rank * self.tolerance * space.norm
+        return stands if steps >= _LEAST_STEPS else torch.zeros_like(stands)
+
+    def _separated(self) -> bool:
+        """Whether the first unwanted Ritz value is accurate to its distance from the last wanted one."""
+        values = self.space.ritz().values[..., : self.rank + 1]
+        residual = self.space.residual_norms(self.rank + 1)[..., -1]
+        distance = values[..., -1] - values[..., -2]
+        level = torch.maximum(_LEVEL * values.abs().amax(-1), 10 * self._allowed())
+        return bool((residual <= torch.maximum(distance, level)).all())
+
+    def _resume(self, candidate: _Candidate) -> None:
+        """Go on from a candidate with its worst residuals as the next block, filled up with random columns."""
+        space = self.space
+        residual = candidate.products - candidate.vectors * candidate.values.to(candidate.vectors).unsqueeze(-2)
+        worst = residual.norm(dim=-2, keepdim=True).argsort(dim=-1, descending=True, stable=True)
+        block = residual.gather(-1, worst.expand_as(residual))[..., : self.width]
+        space.seed(candidate.vectors, candidate.products)
+        fresh = space.random_block(self.width - block.shape[-1])
+        space.append(space.orthonormalise(torch.cat([block, fresh], -1)))
+
+
+def _pause(before: float, worst: float, steps: int) -> int:
+    """Steps to go before the next look: half of what the observed rate of convergence asks for, 1 to 4."""
+    if not worst < before < torch.inf:
+        return 2
+    needed = steps * math.log(worst) / math.log(before / worst) if worst > 1 else 1.0
+    return max(1, min(4, int(0.5 * needed)))
+
+
+@hookimpl
+def lora_da_solvers() -> list[type[Solver[Any]]]:
+    """The block Lanczos solver."""
+    return [Lanczos]

@@ -1,0 +1,119 @@
+"""Fixtures shared by all tests: tiny models, tiny data, and the proof that a model is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Path:
+    """The folder of expected numbers, beside the repository."""
+    if not ORACLE.is_dir():
+        pytest.skip(f"the oracle's numbers are not at {ORACLE}")
+    return ORACLE
+
+
+@pytest.fixture
+def tiny_llama() -> nn.Module:
+    return make_tiny_llama()
+
+
+def make_tiny_llama(dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
+    """A random two-layer Llama; the seed is local, so the global generator is left alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 61,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        **overrides,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+
+
+def make_samples(count: int = 12, vocab: int = 61, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Samples of 6 to 15 tokens; the first third of each is a prompt without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(6, 16, (), generator=generator))
+        ids = torch.randint(0, vocab, (length,), generator=generator)
+        labels = ids.clone()
+        labels[: length // 3] = -100
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
+
+
+def make_batches(
+    samples: list[dict[str, torch.Tensor]], batch_size: int = 4, extra_padding: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Right-padded batches."""
+    batches = []
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
+        width = max(len(sample["input_ids"]) for sample in chunk) + extra_padding
+        batch = {
+            "input_ids": torch.zeros(len(chunk), width, dtype=torch.long),
+            "attention_mask": torch.zeros(len(chunk), width, dtype=torch.long),
+            "labels": torch.full((len(chunk), width), -100),
+        }
+        for row, sample in enumerate(chunk):
+            length = len(sample["input_ids"])
+            batch["input_ids"][row, :length] = sample["input_ids"]
+            batch["attention_mask"][row, :length] = 1
+            batch["labels"][row, :length] = sample["labels"]
+        batches.append(batch)
+    return batches
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    return make_batches(make_samples())
+
+
+@pytest.fixture
+def model_unchanged() -> Iterator[Callable[[nn.Module], None]]:
+    """Watches models: weights, modes, requires_grad, hooks, module tree and the global generator must stay."""
+    watched: list[tuple[nn.Module, dict[str, Any]]] = []
+
+    def watch(model: nn.Module) -> None:
+        watched.append((model, _state(model)))
+
+    generator = torch.random.get_rng_state()
+    yield watch
+    for model, before in watched:
+        after = _state(model)
+        for part, value in before.items():
+            assert after[part] == value, f"{part} changed"
+    if watched:
+        assert torch.equal(torch.random.get_rng_state(), generator), "the global generator moved"
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    named = list(model.named_parameters(remove_duplicate=False))
+    return {
+        "modules": [(name, id(module)) for name, module in model.named_modules()],
+        "weights": [(name, id(p), p.detach().clone().numpy().tobytes()) for name, p in named],
+        "buffers": [(name, b.detach().clone().numpy().tobytes()) for name, b in model.named_buffers()],
+        "requires_grad": [(name, p.requires_grad, p.grad is None) for name, p in named],
+        "modes": [(name, module.training) for name, module in model.named_modules()],
+        "hooks": [
+            (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
+            for name, module in model.named_modules()
+        ],
+    }

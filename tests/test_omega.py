@@ -1,0 +1,143 @@
+"""Ω and the factors: the theorem, the oracle's numbers, and the laws of the algebra."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_da_core.omega import balanced_factors, fixed_factors, omega, subspace
+from lora_da_core.operators import Dense, DenseMap, Diagonal, LowRank, LowRankMap, NegatedGram, Scaled, Sum
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).double()
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+@pytest.mark.parametrize("setting", ["authors", "strong_var", "paper"])
+def test_oracle_omega_projector_and_update(oracle: Path, case: str, setting: str) -> None:
+    numbers, meta = np.load(oracle / "toy_oracle.npz"), json.loads((oracle / "toy_oracle.json").read_text())
+    parameters, rank = meta["params"][setting], meta["cases"][case]["r"]
+    for name, info in meta["cases"][case]["estimators"].items():
+        step = DenseMap(tensor(numbers[f"{case}/{name}/Delta_raw"]))
+        sigma = float(torch.linalg.matrix_norm(step.matrix, 2)) if parameters["normalize"] else 1.0
+        variance = Dense(tensor(numbers[f"{case}/{name}/V"]))
+        operator = omega(step, variance, alpha=parameters["alpha"], beta_over_n=parameters["beta"] / parameters["N"])
+        expected = tensor(numbers[f"{case}/{name}/{setting}/Omega"])
+        torch.testing.assert_close(operator.to_dense() / sigma**2, expected, rtol=1e-8, atol=1e-12)
+        vectors = torch.linalg.eigh(operator.to_dense())[1][:, :rank]
+        pair = fixed_factors(subspace(vectors, step, sigma, 1.0), parameters["gamma"], torch.float64)
+        tolerance = 1e-8 if info["gaps"][setting] > 1e-4 else 1e-4
+        update = tensor(numbers[f"{case}/{name}/{setting}/update"])
+        torch.testing.assert_close(pair.B @ pair.A, update, rtol=tolerance, atol=tolerance * float(update.abs().max()))
+        projector = tensor(numbers[f"{case}/{name}/{setting}/proj"])
+        torch.testing.assert_close(pair.A.T @ pair.A * parameters["gamma"], projector, rtol=1e-6, atol=tolerance)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(2, 9),
+    out=st.integers(1, 9),
+    beta=st.floats(0.01, 10.0),
+    alpha=st.floats(0.0, 2.0),
+    seed=st.integers(0, 99),
+)
+def test_bottom_eigenvectors_minimise_the_expected_error(
+    size: int, out: int, beta: float, alpha: float, seed: int
+) -> None:
+    """The theorem: tr(AᵀΩA) over orthonormal A is least at the bottom eigenvectors, and is their eigenvalues' sum."""
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(size, out, generator=generator, dtype=torch.float64)
+    root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    operator = omega(DenseMap(delta), Dense(root @ root.T), alpha=alpha, beta_over_n=beta)
+    dense = operator.to_dense()
+    assert torch.equal(dense, dense.T)
+    torch.testing.assert_close(operator.matmat(torch.eye(size, dtype=torch.float64)), dense)
+    torch.testing.assert_close(operator.diagonal(), dense.diagonal())
+    values, vectors = torch.linalg.eigh(dense)
+    rank = max(1, size // 2)
+    best = float(values[:rank].sum())
+    solution = subspace(vectors[:, :rank], DenseMap(delta), 1.0, 1.0)
+    assert abs(float(torch.trace(solution.basis.T @ dense @ solution.basis)) - best) < 1e-9 * (1 + abs(best))
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
+        assert float(torch.trace(other.T @ dense @ other)) >= best - 1e-9 * (1 + abs(best))
+
+
+def test_expected_error_formula_by_simulation() -> None:
+    """E‖D − A Aᵀ(D + ε)‖² = ‖D‖² + tr(AᵀΩA) for noise of covariance J⁻¹/N."""
+    generator = torch.Generator().manual_seed(0)
+    size, out, rank, population = 4, 3, 2, 5.0
+    delta = torch.randn(size, out, generator=generator, dtype=torch.float64)
+    root = torch.randn(size * out, size * out, generator=generator, dtype=torch.float64)
+    covariance = root @ root.T / population
+    variance = torch.einsum("iojo->ij", covariance.reshape(size, out, size, out)) * population
+    operator = omega(DenseMap(delta), Dense(variance), alpha=1.0, beta_over_n=1 / population).to_dense()
+    basis = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
+    draws = torch.randn(400_000, size * out, generator=generator, dtype=torch.float64) @ root.T / population**0.5
+    noisy = delta + draws.reshape(-1, size, out)
+    error = (delta - basis @ (basis.T @ noisy)).square().sum((1, 2)).mean()
+    expected = delta.square().sum() + torch.trace(basis.T @ operator @ basis)
+    assert abs(float(error / expected) - 1) < 0.01
+
+
+def test_identity_fisher_gives_the_gradient_singular_subspace() -> None:
+    gradient = torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    step = DenseMap(-gradient.T / 0.5)
+    operator = omega(step, Diagonal(torch.full((5,), 14.0, dtype=torch.float64)), alpha=1.0, beta_over_n=1e-3)
+    basis = torch.linalg.eigh(operator.to_dense())[1][:, :2]
+    right = torch.linalg.svd(gradient)[2][:2]
+    torch.testing.assert_close(basis @ basis.T, right.T @ right)
+
+
+@settings(max_examples=25, deadline=None)
+@given(multiplier=st.floats(1e-3, 10.0), scaling=st.floats(0.1, 10.0), seed=st.integers(0, 99))
+def test_balanced_factors_keep_the_product_and_give_a_the_norm_of_loras(
+    multiplier: float, scaling: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    delta = torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(9, 3, generator=generator, dtype=torch.float64))[0]
+    pair = balanced_factors(subspace(basis, DenseMap(delta), 1.0, scaling), multiplier, torch.float64)
+    torch.testing.assert_close(scaling * pair.B @ pair.A, multiplier * (basis @ basis.T @ delta).T)
+    torch.testing.assert_close(pair.A.square().sum(), torch.tensor(3 / 3, dtype=torch.float64))
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 8), seed=st.integers(0, 99), factor=st.floats(-3, 3))
+def test_operators_agree_with_their_dense_matrices(size: int, seed: int, factor: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    root = random(size, size)
+    terms = [
+        Dense(root + root.T),
+        Diagonal(random(size)),
+        LowRank(random(size, 2), random(2)),
+        NegatedGram(LowRankMap(random(size, 2), random(5, 2)), 0.7),
+    ]
+    block = random(size, 3)
+    for operator in [*terms, Sum(terms), Scaled(Sum(terms), factor)]:
+        dense = operator.to_dense()
+        torch.testing.assert_close(dense, dense.mT)
+        torch.testing.assert_close(operator.matmat(block), dense @ block)
+        torch.testing.assert_close(operator.diagonal(), dense.diagonal())
+        torch.testing.assert_close(operator.trace(), dense.trace())
+    shift = 20.0
+    solve = Diagonal(random(size).abs()).preconditioner(shift)
+    assert solve is not None
+    for scaled in (0.5, 2.0):
+        diagonal = Diagonal(random(size).abs())
+        inverse = Scaled(diagonal, scaled).preconditioner(shift)
+        assert inverse is not None
+        shifted = Scaled(diagonal, scaled).to_dense() + shift * torch.eye(size, dtype=torch.float64)
+        torch.testing.assert_close(shifted @ inverse(block), block)

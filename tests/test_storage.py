@@ -1,0 +1,106 @@
+"""A run's directory is there completely or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from lora_da_core import LayerReport, RunReport, StorageError, storage
+
+LAYER = LayerReport(
+    name="block",
+    in_features=4,
+    out_features=3,
+    rank=2,
+    tokens=10,
+    sigma=0.5,
+    ritz_values=(-1.0, -0.5),
+    gap=float("nan"),
+    residual=1e-9,
+    converged=True,
+    solver="eigh",
+    applies=1,
+    damping={"input": 0.1},
+    remedies=("more damping",),
+    seconds=0.1,
+    digest_A="a",
+    digest_B="b",
+)
+REPORT = RunReport(
+    layers=(LAYER,),
+    components={"solver": "eigh"},
+    options={"solver": {}},
+    config={"alpha": 1.0},
+    samples=3,
+    label_tokens=9,
+    loss=1.5,
+    scale={"gamma": 1024.0},
+    seconds={"solve": 0.1},
+    notes=("a note",),
+    versions={"torch": "2"},
+)
+
+
+def write_file(directory: str) -> None:
+    (Path(directory) / "adapter_model.safetensors").write_bytes(b"weights")
+
+
+def fail(directory: str) -> None:
+    write_file(directory)
+    raise OSError(28, "No space left on device")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run"
+    storage.save_run(target, write_file, REPORT, settings={"model": "m"})
+    found = storage.read_report(target)
+    assert dataclasses.replace(found.layers[0], gap=0.0) == dataclasses.replace(LAYER, gap=0.0)
+    assert found.layers[0].gap != found.layers[0].gap
+    assert dataclasses.replace(found, layers=()) == dataclasses.replace(REPORT, layers=())
+    assert storage.read_settings(target) == {"model": "m"}
+    assert sorted(path.name for path in target.parent.iterdir()) == ["run"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="No space left"):
+        storage.save_run(tmp_path / "run", fail, REPORT, settings={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_overwrite_keeps_the_earlier_run(tmp_path: Path) -> None:
+    storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 1})
+    with pytest.raises(StorageError):
+        storage.save_run(tmp_path / "run", fail, REPORT, settings={"run": 2}, overwrite=True)
+    assert storage.read_settings(tmp_path / "run") == {"run": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_overwriting_must_be_asked_for_and_only_replaces_runs(tmp_path: Path) -> None:
+    storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 1})
+    with pytest.raises(StorageError, match="--overwrite"):
+        storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 2})
+    storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 2}, overwrite=True)
+    assert storage.read_settings(tmp_path / "run") == {"run": 2}
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(StorageError, match="no earlier run"):
+        storage.check_output(foreign, overwrite=True)
+    with pytest.raises(StorageError, match="is a file"):
+        storage.check_output(foreign / "thesis.txt", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"layers": []}', "[" * 100_000], ids=["empty", "cut", "list", "fields", "deep"]
+)
+def test_a_damaged_report_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / storage.REPORT_FILE).write_text(text)
+    with pytest.raises(StorageError):
+        storage.read_report(tmp_path)
+
+
+def test_a_missing_report_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="lora-da init"):
+        storage.read_report(tmp_path)
