@@ -1,5 +1,6 @@
-# make run: initialise adapters for the demo model. make test: all tests. make check: format, lint, types, layers.
+# make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests. make check: format, lint, types, layers.
 PYTHON ?= python3
+SAMPLES ?= 64
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -7,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
-		--data examples/data/word_problems.jsonl --output runs/demo --overwrite
+		--data examples/data/word_problems.jsonl --samples $(SAMPLES) --output runs/demo --overwrite
 
 test: .venv/installed
 	$(BIN)/python -m pytest

@@ -18,11 +18,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_da_core.errors import AdapterError, OptionError, TargetError
-from lora_da_core.types import LayerReport, LayerSpec, LoraFactors
+from lora_da_core.types import LayerSpec, LoraFactors
 
 PREFIX = "base_model.model."
 KINDS = {"Linear": "linear", "Conv1D": "conv1d"}
 """Supported module classes: both compute y = Wx + b over the last dimension."""
+
+FINGERPRINT_ELEMENTS = 1024
+"""Elements of each parameter that enter a fingerprint."""
 
 PLAIN_INITS = (True, False, "gaussian")
 """PEFT's own initialisations that leave the base weights alone, so that ours may replace what they wrote."""
@@ -335,36 +338,54 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
+    whole = hashlib.sha256()
+    for name, parameter in sorted(_base_parameters(model)):
+        whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
+    return whole.hexdigest()
+
+
 def base_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of every base parameter, by its name in the unwrapped model."""
-    found = {}
+    return {name: digest(parameter) for name, parameter in _base_parameters(model)}
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
         if ".lora_" not in name:
-            found[name.replace(".base_layer.", ".")] = digest(parameter)
-    return found
+            yield name.replace(".base_layer.", "."), parameter
 
 
-def verify(
-    directory: Path, model: nn.Module, layers: Sequence[LayerReport], batch: Mapping[str, Tensor]
-) -> list[Check]:
+def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:
     """Reloads a saved adapter with stock PEFT and compares it with the run's report.
 
     Args:
         directory: The adapter's directory.
         model: A fresh base model; it carries the adapter afterwards.
-        layers: The report's layers.
+        report: The run's report.
         batch: An input of the model, without labels.
 
     Returns:
         One check each, passed or not.
+
+    Raises:
+        AdapterError: PEFT cannot load the adapter onto this model.
     """
+    seen = fingerprint(model)
     digests = base_digests(model)
     before = _logits(model, batch)
-    loaded = PeftModel.from_pretrained(model, str(directory))
+    try:
+        loaded = PeftModel.from_pretrained(model, str(directory))
+    except Exception as error:
+        raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
     loaded.eval()
     parameters = _adapter_parameters(loaded, "default")
-    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in layers}
-    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in layers})
+    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in report.layers}
+    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in report.layers})
     wrong = [key for key, value in expected.items() if key not in parameters or digest(parameters[key]) != value]
     default = sorted(set(parameters) - set(expected))
     after = base_digests(loaded)
@@ -375,6 +396,7 @@ def verify(
     return [
         Check("every A and B equals what was computed", not wrong, _listed(wrong, len(expected), "tensors")),
         Check("no module left at its default", not default, _listed(default, len(parameters), "tensors")),
+        Check("the base is the one the run saw", seen == report.base, "by fingerprint"),
         Check("base weights bitwise unchanged", not changed, _listed(changed, len(digests), "weights")),
         Check("disable_adapter gives the base logits exactly", torch.equal(before, disabled), "bitwise comparison"),
         Check("the adapter changes the logits", moved > 0, f"largest change {moved:.3g}"),

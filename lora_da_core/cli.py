@@ -262,7 +262,7 @@ def _verify(
     source = model or _recorded_model(directory)
     rows = None if data is None else _first_rows(data, split)
     loaded = models.load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    checks = adapter.verify(directory, loaded.model, report.layers, _probe_input(loaded, rows))
+    checks = adapter.verify(directory, loaded.model, report, _probe_input(loaded, rows))
     for check in checks:
         typer.echo(f"{'✓' if check.passed else '✗'} {check.name} ({check.detail})")
     if not all(check.passed for check in checks):

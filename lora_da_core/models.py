@@ -90,7 +90,7 @@ def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tu
         with _progress_bars_off():
             tokenizer = AutoTokenizer.from_pretrained(**location)
             plain = _dequantized() if "gguf_file" in location else {}
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(**location, **plain, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(**location, **plain, dtype=dtype)
     except Exception as error:  # config, weights, tokenizer and hub each raise their own; the answer is the same
         raise ModelError(
             f"model '{source}' cannot be loaded: {reason(error)} Give a causal language model: a hub id, a "
@@ -98,6 +98,7 @@ def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tu
         ) from error
     if plain:
         _forget_quantization(model)
+        model.name_or_path = source  # PEFT writes it down, and transformers knows the folder alone
     return model.eval(), tokenizer
 
 

@@ -78,6 +78,8 @@ def build_pipeline(
         solver=None if chosen == "auto" else registry.create("solver", chosen),
     )
     parts.check()
+    if parts.solver is None:
+        registry.choose_solver(1, 1, "cpu")
     return Pipeline(registry, parts, config or base.config)
 
 
@@ -322,6 +324,8 @@ class _PipelineRun:
         )
 
     def _report(self, layers: Sequence[LayerReport], statistics: Statistics, scale: Mapping[str, Any]) -> RunReport:
+        from lora_da_core import adapter
+
         parts = self.pipeline.components
         packages = ("lora-da-core", "torch", "transformers", "peft")
         return RunReport(
@@ -336,6 +340,7 @@ class _PipelineRun:
             seconds=dict(self.seconds),
             notes=tuple(self.notes),
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
+            base=adapter.fingerprint(self.task.model),
         )
 
     def _timed(self, phase: str, work: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -73,14 +74,21 @@ def save_run(
         write_adapter(str(fresh))
         _write_json(fresh / REPORT_FILE, report_to_json(report))
         _write_json(fresh / SETTINGS_FILE, dict(settings))
-        for path in [*fresh.rglob("*"), fresh]:
-            _flush(path)
+        _make_durable(fresh, mode=(fresh / REPORT_FILE).stat().st_mode)
         _exchange(fresh, directory, old)
         _flush(directory.parent)
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error}") from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _make_durable(fresh: Path, *, mode: int) -> None:
+    """Gives every file the mode that the user's umask gives (safetensors writes 0600), and flushes it to disk."""
+    for path in [*fresh.rglob("*"), fresh]:
+        if path.is_file():
+            path.chmod(mode)
+        _flush(path)
 
 
 def _exchange(fresh: Path, directory: Path, old: Path) -> None:
@@ -130,8 +138,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def report_to_json(report: RunReport) -> dict[str, Any]:
-    """The report as JSON values; NaN becomes null."""
-    cleaned = _nan_to_none(asdict(report))
+    """The report as JSON values; what is not finite becomes null."""
+    cleaned = _finite_or_none(asdict(report))
     assert isinstance(cleaned, dict)
     return cleaned
 
@@ -167,12 +175,12 @@ def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:
     return LayerReport(**values)
 
 
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, float) and value != value:
+def _finite_or_none(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _nan_to_none(inner) for key, inner in value.items()}
-    return [_nan_to_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite_or_none(inner) for key, inner in value.items()}
+    return [_finite_or_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _existing_parent(directory: Path) -> Path:

@@ -148,6 +148,7 @@ class RunReport:
         seconds: Wall time by phase: `statistics`, `gradient`, `solve`, `scale`.
         notes: Everything that was assumed, skipped or mended, in the order it happened.
         versions: Versions of this package, Python, torch, transformers and peft.
+        base: Fingerprint of the base weights that the run saw.
     """
 
     layers: tuple[LayerReport, ...]
@@ -161,6 +162,7 @@ class RunReport:
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
     versions: Mapping[str, str]
+    base: str
 
 
 @dataclass(frozen=True)

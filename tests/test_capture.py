@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_batches, make_samples, make_tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import lora_da_core
+from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, capture
 from lora_da_core.adapter import resolve_targets
 from lora_da_core.capture import CaptureTask, Statistics

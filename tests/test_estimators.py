@@ -9,6 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_da_core.errors import DataError, ModelError, OptionError
+from lora_da_core.interfaces import FisherEstimator
+from lora_da_core.operators import DenseMap, LowRankMap
+from lora_da_core.types import FisherStatistics
 from lora_da_estimators import diagonal, ekfac, empirical, identity, kfac, sketched
 from lora_da_estimators._factors import DenseFactor, FactorRequest, damp_dense, damp_diagonal
 from lora_da_estimators.diagonal import Diagonal
@@ -17,13 +23,7 @@ from lora_da_estimators.empirical import Empirical
 from lora_da_estimators.identity import Identity
 from lora_da_estimators.kfac import Kfac
 from lora_da_estimators.sketched import FrequentDirections, Sketched, SketchedOptions
-from torch import Tensor
 from toy_oracle import CPU, Tokens, collect, dense, fisher_of, make, random_tokens
-
-from lora_da_core.errors import DataError, ModelError, OptionError
-from lora_da_core.interfaces import FisherEstimator
-from lora_da_core.operators import DenseMap, LowRankMap
-from lora_da_core.types import FisherStatistics
 
 Choice = tuple[type[FisherEstimator[Any]], dict[str, Any]]
 CHOICES: dict[str, Choice] = {

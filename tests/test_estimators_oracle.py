@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from lora_da_core.interfaces import FisherEstimator
+from lora_da_core.operators import DenseMap
 from lora_da_estimators.diagonal import Diagonal
 from lora_da_estimators.ekfac import Ekfac
 from lora_da_estimators.empirical import Empirical
 from lora_da_estimators.identity import Identity
 from lora_da_estimators.kfac import Kfac
 from lora_da_estimators.sketched import Sketched
-from torch import Tensor
 from toy_oracle import CASES, PARAMETER_SETS, Case, Tokens, fisher_of, load, make
-
-from lora_da_core.interfaces import FisherEstimator
-from lora_da_core.operators import DenseMap
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lora_da_estimators._factors import FactorRequest, damp_dense
 from lora_da_estimators.ekfac import Ekfac
 from lora_da_estimators.empirical import Empirical
 from lora_da_estimators.kfac import Kfac, KfacFisher
 from lora_da_estimators.sketched import Sketched
-from torch import Tensor, nn
 from toy_oracle import Tokens, collect, dense, fisher_of, make, random_tokens
 
 LAYERS = ("flat_l1", "flat_l2", "tokens_l1", "tokens_l2")

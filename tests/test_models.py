@@ -164,6 +164,7 @@ def test_gguf_becomes_a_plain_model(tmp_path, capfd):
     model = loaded.model
     assert {type(module) for name, module in model.named_modules() if name.endswith("proj")} == {torch.nn.Linear}
     assert model.dtype == torch.float32 and loaded.max_positions == 8192
+    assert model.name_or_path == loaded.source and loaded.source.endswith(".gguf")
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, -1]

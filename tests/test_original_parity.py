@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_llama
-from lora_da_presets import PAPER
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 import lora_da_core
+from conftest import make_tiny_llama
+from lora_da_presets import PAPER
 
 
 @pytest.mark.parametrize("solver", ["eigh", "lanczos"])

@@ -117,9 +117,9 @@ class TestWheel:
 
     def test_it_works_from_elsewhere(self, installed):
         code = (
-            "import pathlib, lora_da_core, lora_da_solvers;"
-            "names = {r['name'] for r in lora_da_core.list_plugins() if r['status'] == 'available'};"
-            "print(pathlib.Path(lora_da_core.__file__).parents[1]); print(*sorted(names))"
+            "import pathlib, lora_da_core, lora_da_solvers.eigh as eigh;"
+            "names = {r['name'] for r in lora_da_core.list_plugins() if r['status'] == 'ok'};"
+            "print(*{str(pathlib.Path(m.__file__).parents[1]) for m in (lora_da_core, eigh)}); print(*sorted(names))"
         )
         where, names = python("-c", code, cwd="/", environment={"PYTHONPATH": str(installed)}).splitlines()
         assert Path(where) == installed

@@ -58,6 +58,7 @@ def report_of(*layers):
         seconds={"statistics": 12.3, "solve": 80.2},
         notes=("columns question/answer.",),
         versions={},
+        base="f",
     )
 
 

@@ -10,6 +10,12 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_da_core.errors import ConvergenceError, OptionError
+from lora_da_core.interfaces import Solver
+from lora_da_core.operators import Dense, Diagonal, LowRank, Scaled, Sum, SymmetricOperator
+from lora_da_core.types import EigenResult
 from lora_da_solvers import arpack, auto, davidson, eigh, lanczos, lobpcg, randomized_svd
 from lora_da_solvers.arpack import Arpack
 from lora_da_solvers.davidson import Davidson
@@ -18,12 +24,6 @@ from lora_da_solvers.lanczos import Lanczos
 from lora_da_solvers.lobpcg import LOBPCG
 from lora_da_solvers.randomized_svd import RandomizedSVD
 from spectra import SPECTRA, Spectrum, TopHeavy, symmetric_matrix
-from torch import Tensor
-
-from lora_da_core.errors import ConvergenceError, OptionError
-from lora_da_core.interfaces import Solver
-from lora_da_core.operators import Dense, Diagonal, LowRank, Scaled, Sum, SymmetricOperator
-from lora_da_core.types import EigenResult
 
 SOLVERS: dict[str, type[Solver[Any]]] = {
     solver.name: solver for solver in (Eigh, Lanczos, RandomizedSVD, Arpack, Davidson, LOBPCG)

@@ -40,6 +40,7 @@ REPORT = RunReport(
     seconds={"solve": 0.1},
     notes=("a note",),
     versions={"torch": "2"},
+    base="f",
 )
 
 
