@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,10 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     for repetition in range(options.repetitions):
-        plain = _timed(lambda: _forward_backward(loaded.model, batches))
-        result: list[Any] = []
-        total = _timed(lambda: result.append(automatic.run(loaded.model, batches, lora)))
-        fixed_total = _timed(lambda: fixed.run(loaded.model, batches, lora))
-        report = result[0].report
+        plain, _ = _timed(_forward_backward, loaded.model, batches)
+        total, result = _timed(automatic.run, loaded.model, batches, lora)
+        fixed_total, _ = _timed(fixed.run, loaded.model, batches, lora)
+        report = result.report
         rows.append({"plain": plain, "automatic": total, "fixed": fixed_total, "phases": dict(report.seconds)})
         print(
             f"{repetition}: plain {plain:.1f} s, automatic {total:.1f} s ({total / plain:.2f}×), "
@@ -73,7 +73,8 @@ def main() -> None:
     print(machine())
     print(
         f"median ratio: automatic {figures['ratio_automatic']:.2f}, fixed {figures['ratio_fixed']:.2f}; "
-        f"{figures['converged']} of {figures['layers']} layers converged, worst residual {figures['worst_residual']:.1e}"
+        f"{figures['converged']} of {figures['layers']} layers converged, "
+        f"worst residual {figures['worst_residual']:.1e} of ‖Ω‖"
     )
     write_json(Path(options.output), figures)
 
@@ -91,10 +92,10 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _timed(work: Any) -> float:
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    outcome = work(*arguments)
+    return time.perf_counter() - start, outcome
 
 
 def _forward_backward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:

@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lora_da_core.errors import AdapterError, OptionError, TargetError
-from lora_da_core.types import LayerSpec, LoraFactors
+from lora_da_core.types import LayerSpec, LoraFactors, RunReport
 
 PREFIX = "base_model.model."
 KINDS = {"Linear": "linear", "Conv1D": "conv1d"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,8 @@ class CaptureTask:
     estimator: FisherEstimator[Any]
     gradient: GradientEstimator[Any]
     token_mask: TokenMask
+    base_only: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """Within it the model computes the base function, whatever adapters it carries."""
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +123,7 @@ def collect(
     """
     run = _Run(task, generator)
     done, total = 0, task.estimator.passes * len(batches)
-    with prepared(task.model), run.hooks():
+    with prepared(task.model), task.base_only(), run.hooks():
         for index in range(task.estimator.passes):
             for number, batch in enumerate(batches):
                 run.batch(index, number, batch)

@@ -162,6 +162,10 @@ class LossProbe(ABC):
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         """Per-sample losses (n,) where each named layer computes (W + change)·x, change (out, in)."""
 
+    @abstractmethod
+    def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
+        """Where a layer's changes must lie, and the dtype that suits them."""
+
 
 class GradientEstimator(Component[OptionsT]):
     """Estimates the mean gradient G (out, in) of one layer.

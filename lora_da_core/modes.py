@@ -14,17 +14,17 @@ from torch import Tensor, nn
 def prepared(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen weights, put back as found whatever happens."""
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
-        for parameter in trainable:
+        for parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
 
 
 def first_non_finite_module(model: nn.Module, run: Callable[[], Any]) -> str | None:

@@ -7,20 +7,21 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_da_core import capture
 from lora_da_core.batches import first_samples, label_counts, spread
-from lora_da_core.capture import CaptureTask, Progress, Statistics
+from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
-from lora_da_core.errors import DataError, OptionError
+from lora_da_core.errors import OptionError
+from lora_da_core.estimation import Estimates, check_tokens, estimate
 from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, Solver
 from lora_da_core.omega import balanced_factors, fixed_factors
-from lora_da_core.operators import LinearMap, LowRankMap, accumulation_dtype
+from lora_da_core.operators import LowRankMap, accumulation_dtype
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.registry import Registry
 from lora_da_core.scale import LineSearch, line_search
@@ -30,16 +31,12 @@ from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, Lora
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from lora_da_core.adapter import Targets
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "robust"
 SEARCH_SAMPLES = 32
 """Samples that the line search reads."""
-
-FEW_SAMPLES, FEW_TOKENS_PER_RANK = 8, 10
-"""Below these a warning says that the estimate is poor."""
 
 
 def build_pipeline(
@@ -154,98 +151,112 @@ class Pipeline:
         Raises:
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
+        estimates = self.estimate(model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress)
+        return self.solve(estimates, on_progress=on_progress)
+
+    def estimate(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        peft_config: LoraConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        on_progress: Progress | None = None,
+    ) -> Estimates:
+        """The first half of `run`: the passes over the data, whose sums serve any solver, rank, α, β, damping, scale.
+
+        Args:
+            model: As `run` takes it.
+            batches: As `run` takes them.
+            peft_config: As `run` takes it.
+            adapter_name: As `run` takes it.
+            on_progress: As `run` takes it.
+
+        Returns:
+            The estimates, to be given to `solve` of this pipeline or of one with the same estimators.
+        """
         from lora_da_core import adapter
 
         lora = adapter.config_of(model, adapter_name) if peft_config is None else peft_config
         targets = adapter.resolve_targets(model, lora, adapter_name)
         taken = first_samples(batches, self.config.samples)
         counts = label_counts(self.components.objective, taken)
-        with adapter.adapters_disabled(model):
-            return _PipelineRun(self, targets, adapter.base_of(model), taken, counts, on_progress).result()
-
-
-class _PipelineRun:
-    """One run of a pipeline, phase by phase."""
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        targets: Targets,
-        model: nn.Module,
-        batches: Sequence[Batch],
-        counts: Tensor,
-        on_progress: Progress | None,
-    ) -> None:
-        parts = pipeline.components
-        self.pipeline, self.config, self.batches, self.on_progress = pipeline, pipeline.config, batches, on_progress
-        self.task = CaptureTask(
-            model=model,
+        task = CaptureTask(
+            model=adapter.base_of(model),
             modules=targets.modules,
             specs=targets.specs,
-            objective=parts.objective,
-            estimator=parts.estimator,
-            gradient=parts.gradient,
-            token_mask=pipeline.config.token_mask,
+            objective=self.components.objective,
+            estimator=self.components.estimator,
+            gradient=self.components.gradient,
+            token_mask=self.config.token_mask,
+            base_only=partial(adapter.adapters_disabled, model),
         )
-        self.notes: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self._check_samples(counts)
+        return estimate(task, taken, counts, self.config, on_progress)
+
+    def solve(
+        self, estimates: Estimates, peft_config: LoraConfig | None = None, *, on_progress: Progress | None = None
+    ) -> LoraDAResult:
+        """The second half of `run`; the estimates stay as they are, so they can be solved again.
+
+        Args:
+            estimates: From `estimate`, by a pipeline with the same estimators and token mask.
+            peft_config: Another LoRA configuration of the same layers, for another rank or scaling.
+            on_progress: As `run` takes it.
+
+        Returns:
+            The factors and the report.
+
+        Raises:
+            OptionError: The estimates were made with other estimators, another token mask or other layers.
+        """
+        from lora_da_core import adapter
+
+        made, ours = estimates.task, self.components
+        for kind, theirs, mine in (
+            ("estimator", made.estimator, ours.estimator),
+            ("gradient", made.gradient, ours.gradient),
+        ):
+            if (theirs.name, theirs.options) != (mine.name, mine.options):
+                made_with = f"{kind} {theirs.name!r} {theirs.options}"
+                raise OptionError(f"these estimates were made with {made_with}; estimate again.")
+        if made.token_mask != self.config.token_mask:
+            raise OptionError(f"these estimates were made with token_mask={made.token_mask!r}; estimate again.")
+        specs = tuple(made.specs)
+        if peft_config is not None:
+            specs = adapter.resolve_targets(made.model, peft_config).specs
+        if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
+            raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
+        check_tokens(specs, estimates.statistics)
+        return _Finish(self, estimates, specs, on_progress).result()
+
+
+class _Finish:
+    """The second half of a run: solutions, scale, factors and report, from estimates that stay as they are."""
+
+    def __init__(
+        self, pipeline: Pipeline, estimates: Estimates, specs: Sequence[LayerSpec], on_progress: Progress | None
+    ) -> None:
+        self.pipeline, self.config = pipeline, pipeline.config
+        self.estimates, self.statistics = estimates, estimates.statistics
+        self.specs, self.on_progress = specs, on_progress
+        self.task = replace(estimates.task, specs=specs)
+        self.notes = [*estimates.notes]
+        self.seconds = dict(estimates.seconds)
 
     def result(self) -> LoraDAResult:
         """All phases in order."""
-        statistics = self._timed("statistics", self._statistics)
-        gradients = self._timed("gradient", lambda: self._gradients(statistics))
-        solutions = self._timed("solve", lambda: self._solutions(statistics, gradients))
+        solutions = self._timed("solve", self._solutions)
         factors, scale = self._timed("scale", lambda: self._scaled(solutions))
-        reports = [self._layer_report(spec, statistics, solutions, factors) for spec in self.task.specs]
+        reports = [self._layer_report(spec, solutions[spec.name], factors[spec.name]) for spec in self.specs]
         for report in reports:
             for fault in self.pipeline.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
-        return LoraDAResult(factors, self._report(reports, statistics, scale))
+        return LoraDAResult(factors, self._report(reports, scale))
 
-    def _check_samples(self, counts: Tensor) -> None:
-        empty = (counts == 0).nonzero().flatten().tolist()
-        if empty:
-            self._note(f"{len(empty)} of {len(counts)} samples have no labels and are left out (samples {_few(empty)})")
-        usable = len(counts) - len(empty)
-        if usable < FEW_SAMPLES:
-            self._note(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 256")
-
-    def _statistics(self) -> Statistics:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        found = capture.collect(self.task, self.batches, generator=generator, on_progress=self.on_progress)
-        for spec in self.task.specs:
-            tokens = found.layers[spec.name].tokens
-            if tokens < spec.rank:
-                raise DataError(
-                    f"layer {spec.name}: {tokens} tokens count for the Fisher, fewer than the rank {spec.rank}. "
-                    "Give more samples, a smaller rank, or token_mask='attention'."
-                )
-        fewest = min(self.task.specs, key=lambda spec: found.layers[spec.name].tokens / spec.rank)
-        tokens = found.layers[fewest.name].tokens
-        if tokens < FEW_TOKENS_PER_RANK * fewest.rank:
-            self._note(
-                f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; "
-                f"give at least {FEW_TOKENS_PER_RANK * fewest.rank}"
-            )
-        return found
-
-    def _gradients(self, statistics: Statistics) -> dict[str, LinearMap]:
-        estimator = self.task.gradient
-        if estimator.forward_only:
-            generator = torch.Generator().manual_seed(self.config.seed)
-            with LowRankProbe(self.task, self.batches) as probe:
-                sums = estimator.estimate(probe, self.task.specs, generator=generator)
-        else:
-            taps = {name: layer.gradient for name, layer in statistics.layers.items()}
-            sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
-        return {
-            spec.name: estimator.gradient(sums[spec.name], spec, samples=statistics.samples) for spec in self.task.specs
-        }
-
-    def _solutions(self, statistics: Statistics, gradients: Mapping[str, LinearMap]) -> dict[str, LayerSolution]:
-        parts = self.pipeline.components
+    def _solutions(self) -> dict[str, LayerSolution]:
+        parts, statistics = self.pipeline.components, self.statistics
         solver = LayerSolver(self.pipeline.registry, parts.estimator, parts.solver, self.config)
+        specs = {spec.name: spec for spec in self.specs}
         solutions: dict[str, LayerSolution] = {}
         # Layers of one input group follow each other, so that its factorisation can go when they are done.
         by_group: dict[str, list[str]] = {}
@@ -253,15 +264,15 @@ class _PipelineRun:
             by_group.setdefault(layer.group.leader if layer.group else name, []).append(name)
         for names in by_group.values():
             for name in names:
-                fisher = statistics.of_layer(name)
-                solutions[name] = solver.solve(fisher, gradients[name], self._population(statistics))
+                fisher = replace(statistics.of_layer(name), spec=specs[name])
+                solutions[name] = solver.solve(fisher, self.estimates.gradients[name], self._population())
                 if self.on_progress is not None:
                     self.on_progress("solve", len(solutions), len(statistics.layers))
             fisher.shared.clear()
         return solutions
 
-    def _population(self, statistics: Statistics) -> int:
-        return statistics.samples if self.config.population is None else self.config.population
+    def _population(self) -> int:
+        return self.statistics.samples if self.config.population is None else self.config.population
 
     def _scaled(self, solutions: Mapping[str, LayerSolution]) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
         spaces = {name: solution.subspace for name, solution in solutions.items()}
@@ -275,7 +286,7 @@ class _PipelineRun:
         return {n: balanced_factors(s, search.multiplier, dtypes[n]) for n, s in spaces.items()}, asdict(search)
 
     def _search(self, solutions: Mapping[str, LayerSolution]) -> LineSearch:
-        chosen = spread(self.batches, SEARCH_SAMPLES)
+        chosen = spread(self.estimates.batches, SEARCH_SAMPLES)
         directions = {}
         for name, solution in solutions.items():
             space, dtype = solution.subspace, _factor_dtype(self.task.modules[name])
@@ -293,22 +304,15 @@ class _PipelineRun:
 
             return line_search(loss)
 
-    def _layer_report(
-        self,
-        spec: LayerSpec,
-        statistics: Statistics,
-        solutions: Mapping[str, LayerSolution],
-        factors: Mapping[str, LoraFactors],
-    ) -> LayerReport:
+    def _layer_report(self, spec: LayerSpec, solution: LayerSolution, pair: LoraFactors) -> LayerReport:
         from lora_da_core.adapter import digest
 
-        solution, pair = solutions[spec.name], factors[spec.name]
         return LayerReport(
             name=spec.name,
             in_features=spec.in_features,
             out_features=spec.out_features,
             rank=spec.rank,
-            tokens=statistics.layers[spec.name].tokens,
+            tokens=self.statistics.layers[spec.name].tokens,
             sigma=solution.sigma,
             ritz_values=solution.values,
             gap=solution.gap,
@@ -323,7 +327,7 @@ class _PipelineRun:
             digest_B=digest(pair.B),
         )
 
-    def _report(self, layers: Sequence[LayerReport], statistics: Statistics, scale: Mapping[str, Any]) -> RunReport:
+    def _report(self, layers: Sequence[LayerReport], scale: Mapping[str, Any]) -> RunReport:
         from lora_da_core import adapter
 
         parts = self.pipeline.components
@@ -332,10 +336,10 @@ class _PipelineRun:
             layers=tuple(layers),
             components=parts.names(),
             options=parts.options(),
-            config=asdict(replace(self.config, population=self._population(statistics))),
-            samples=statistics.samples,
-            label_tokens=statistics.label_tokens,
-            loss=statistics.loss_sum / statistics.samples,
+            config=asdict(replace(self.config, population=self._population())),
+            samples=self.statistics.samples,
+            label_tokens=self.statistics.label_tokens,
+            loss=self.statistics.loss_sum / self.statistics.samples,
             scale=dict(scale),
             seconds=dict(self.seconds),
             notes=tuple(self.notes),
@@ -440,7 +444,3 @@ def initialize_lora_da_weights(
 def _factor_dtype(module: nn.Module) -> torch.dtype:
     weight = getattr(module, "weight", None)
     return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
-
-
-def _few(indices: Sequence[int]) -> str:
-    return ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")

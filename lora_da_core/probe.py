@@ -13,7 +13,7 @@ from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.capture import CaptureTask
 from lora_da_core.interfaces import LossProbe
 from lora_da_core.modes import prepared
-from lora_da_core.operators import LinearMap
+from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.types import Batch
 
 
@@ -28,6 +28,7 @@ class LowRankProbe(LossProbe):
 
     def __enter__(self) -> LowRankProbe:
         self._stack.enter_context(prepared(self._task.model))
+        self._stack.enter_context(self._task.base_only())
         for name, module in self._task.modules.items():
             handle = module.register_forward_hook(self._hook(name))
             self._stack.callback(handle.remove)
@@ -58,3 +59,9 @@ class LowRankProbe(LossProbe):
             return torch.cat(found).double().cpu()
         finally:
             self._changes = {}
+
+    def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
+        weight = next(self._task.modules[layer].parameters(), None)
+        if weight is None:
+            return self._task.device, torch.float32
+        return weight.device, accumulation_dtype(weight.dtype)

@@ -275,3 +275,30 @@ def test_import_stays_light() -> None:
     ).stdout.splitlines()
     assert heavy == "[]", heavy
     print(f"import lora_da_core took {seconds} s beyond torch")
+
+
+def test_one_estimate_serves_every_solver_rank_damping_and_scale(batches: Batches) -> None:
+    model, calls = make_tiny_llama(), []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    base = lora_da_core.build_pipeline(solver="eigh", config=LoraDAConfig(scale="fixed"))
+    estimates = base.estimate(model, batches, LORA)
+    passes = len(calls)
+    for values in ({"damping": 0.01}, {"beta": 3.0, "alpha": 0.5}, {"gamma": 4.0}, {}):
+        config = LoraDAConfig(scale="fixed", **values)
+        for rank in (2, 4):
+            lora = dataclasses.replace(LORA, r=rank)
+            pipeline = lora_da_core.build_pipeline(solver="lanczos", config=config)
+            again = pipeline.solve(estimates, lora)
+            assert len(calls) == passes
+            fresh = pipeline.run(make_tiny_llama(), batches, lora)
+            for name, pair in fresh.factors.items():
+                assert torch.equal(pair.A, again.factors[name].A) and torch.equal(pair.B, again.factors[name].B)
+    handle.remove()
+    for other in (
+        lora_da_core.build_pipeline(estimator="identity"),
+        lora_da_core.build_pipeline(config=LoraDAConfig(token_mask="attention")),
+    ):
+        with pytest.raises(lora_da_core.OptionError, match="estimate again"):
+            other.solve(estimates)
+    with pytest.raises(lora_da_core.OptionError, match="other layers"):
+        base.solve(estimates, LoraConfig(r=4, target_modules=["q_proj"]))

@@ -1,0 +1,130 @@
+"""The first half of a run: statistics and gradients, which any number of solutions can be made from."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_da_core import capture
+from lora_da_core.capture import CaptureTask, Progress, Statistics
+from lora_da_core.config import LoraDAConfig
+from lora_da_core.errors import DataError
+from lora_da_core.operators import LinearMap
+from lora_da_core.probe import LowRankProbe
+from lora_da_core.types import Batch, LayerSpec
+
+logger = logging.getLogger(__name__)
+
+FEW_SAMPLES, FEW_TOKENS_PER_RANK = 8, 10
+"""Below these a warning says that the estimate is poor."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the passes over the data left behind. Rank, α, β, N, damping, scale and solver enter only later.
+
+    Attributes:
+        task: Model, modules and components the statistics belong to.
+        batches: The batches that were read.
+        statistics: The sums of every layer.
+        gradients: G of every layer, by name.
+        notes: What was assumed or is doubtful.
+        seconds: Wall time by phase.
+    """
+
+    task: CaptureTask
+    batches: Sequence[Batch]
+    statistics: Statistics
+    gradients: Mapping[str, LinearMap]
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def estimate(
+    task: CaptureTask,
+    batches: Sequence[Batch],
+    counts: Tensor,
+    config: LoraDAConfig,
+    on_progress: Progress | None = None,
+) -> Estimates:
+    """Runs every pass over the data and makes the gradients.
+
+    Args:
+        task: Model, modules and components.
+        batches: The batches.
+        counts: Labels of every sample, (samples,).
+        config: Only the seed is read.
+        on_progress: Told of every batch.
+
+    Returns:
+        The estimates; the model is left as found.
+
+    Raises:
+        DataError: A layer has fewer counted tokens than its rank.
+    """
+    notes = _sample_notes(counts)
+    generator = torch.Generator().manual_seed(config.seed)
+    start = time.perf_counter()
+    statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
+    middle = time.perf_counter()
+    notes += check_tokens(task.specs, statistics)
+    gradients = _gradients(task, batches, statistics, config.seed)
+    seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
+    for note in notes:
+        logger.warning("%s", note)
+    return Estimates(task, batches, statistics, gradients, tuple(notes), seconds)
+
+
+def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:
+    """Whether every layer saw enough tokens for its rank.
+
+    Args:
+        specs: The layers with their ranks.
+        statistics: The counts.
+
+    Returns:
+        A note where tokens are few.
+
+    Raises:
+        DataError: A layer saw fewer tokens than its rank.
+    """
+    for spec in specs:
+        tokens = statistics.layers[spec.name].tokens
+        if tokens < spec.rank:
+            raise DataError(
+                f"layer {spec.name}: {tokens} tokens count for the Fisher, fewer than the rank {spec.rank}. "
+                "Give more samples, a smaller rank, or token_mask='attention'."
+            )
+    fewest = min(specs, key=lambda spec: statistics.layers[spec.name].tokens / spec.rank)
+    tokens, wanted = statistics.layers[fewest.name].tokens, FEW_TOKENS_PER_RANK * fewest.rank
+    if tokens >= wanted:
+        return []
+    return [f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; give at least {wanted}"]
+
+
+def _sample_notes(counts: Tensor) -> list[str]:
+    notes = []
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        listed = ", ".join(map(str, empty[:8])) + (", …" if len(empty) > 8 else "")
+        notes.append(f"{len(empty)} of {len(counts)} samples have no labels and are left out (samples {listed})")
+    usable = len(counts) - len(empty)
+    if usable < FEW_SAMPLES:
+        notes.append(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 256")
+    return notes
+
+
+def _gradients(task: CaptureTask, batches: Sequence[Batch], statistics: Statistics, seed: int) -> dict[str, LinearMap]:
+    if task.gradient.forward_only:
+        generator = torch.Generator().manual_seed(seed)
+        with LowRankProbe(task, batches) as probe:
+            sums = task.gradient.estimate(probe, task.specs, generator=generator)
+    else:
+        taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+        sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
+    return {spec.name: task.gradient.gradient(sums[spec.name], spec, samples=statistics.samples) for spec in task.specs}
