@@ -32,7 +32,7 @@ class Estimates:
         task: Model, modules and components the statistics belong to.
         batches: The batches that were read.
         statistics: The sums of every layer.
-        gradients: G of every layer, by name.
+        gradient_sums: The gradient estimator's statistics of every layer.
         notes: What was assumed or is doubtful.
         seconds: Wall time by phase.
     """
@@ -40,9 +40,14 @@ class Estimates:
     task: CaptureTask
     batches: Sequence[Batch]
     statistics: Statistics
-    gradients: Mapping[str, LinearMap]
+    gradient_sums: Mapping[str, Mapping[str, Tensor]]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+
+    def gradient(self, spec: LayerSpec) -> LinearMap:
+        """G of a layer, (out, in), made when asked for: all of them at once would double the memory."""
+        sums = self.gradient_sums[spec.name]
+        return self.task.gradient.gradient(sums, spec, samples=self.statistics.samples)
 
 
 def estimate(
@@ -73,11 +78,11 @@ def estimate(
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
     notes += check_tokens(task.specs, statistics)
-    gradients = _gradients(task, batches, statistics, config.seed)
+    gradient_sums = _gradient_sums(task, batches, statistics, config.seed)
     seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
     for note in notes:
         logger.warning("%s", note)
-    return Estimates(task, batches, statistics, gradients, tuple(notes), seconds)
+    return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
 
 
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:
@@ -119,12 +124,12 @@ def _sample_notes(counts: Tensor) -> list[str]:
     return notes
 
 
-def _gradients(task: CaptureTask, batches: Sequence[Batch], statistics: Statistics, seed: int) -> dict[str, LinearMap]:
+def _gradient_sums(
+    task: CaptureTask, batches: Sequence[Batch], statistics: Statistics, seed: int
+) -> dict[str, dict[str, Tensor]]:
     if task.gradient.forward_only:
         generator = torch.Generator().manual_seed(seed)
         with LowRankProbe(task, batches) as probe:
-            sums = task.gradient.estimate(probe, task.specs, generator=generator)
-    else:
-        taps = {name: layer.gradient for name, layer in statistics.layers.items()}
-        sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
-    return {spec.name: task.gradient.gradient(sums[spec.name], spec, samples=statistics.samples) for spec in task.specs}
+            return task.gradient.estimate(probe, task.specs, generator=generator)
+    taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+    return {name: tap.statistics() for name, tap in taps.items() if tap is not None}

@@ -21,6 +21,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.float32, dtype) if dtype.is_floating_point else torch.float32
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Total += leftᵀ·right in place, summed in total's dtype.
+
+    On CUDA half-precision operands are multiplied as they are, with float32 sums inside the product.
+
+    Args:
+        total: (m, n), the running sum, float32 or float64.
+        left: (rows, m).
+        right: (rows, n).
+    """
+    halves = (torch.bfloat16, torch.float16)
+    if total.is_cuda and total.dtype == torch.float32 and left.dtype == right.dtype and left.dtype in halves:
+        torch.addmm(total, left.mT, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.to(total.dtype).mT, right.to(total.dtype))
+
+
 def row_major(block: Tensor) -> Tensor:
     """The block in row-major order: CPU libraries multiply skinny column-major blocks up to 40 times slower."""
     return block.contiguous()
@@ -243,6 +260,38 @@ class Scaled(SymmetricOperator):
             return None
         inner = self.operator.preconditioner(shift / self.factor)
         return None if inner is None else lambda block: inner(block) / self.factor
+
+
+class Stacked(SymmetricOperator):
+    """Operators of one size, dtype and device as one with a leading batch dimension."""
+
+    def __init__(self, operators: Sequence[SymmetricOperator]) -> None:
+        self.operators = tuple(operators)
+
+    @property
+    def size(self) -> int:
+        return self.operators[0].size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.operators[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.operators[0].device
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return torch.Size([len(self.operators)])
+
+    def matmat(self, block: Tensor) -> Tensor:
+        return torch.stack([operator.matmat(part) for operator, part in zip(self.operators, block, strict=True)])
+
+    def to_dense(self) -> Tensor:
+        return torch.stack([operator.to_dense() for operator in self.operators])
+
+    def diagonal(self) -> Tensor:
+        return torch.stack([operator.diagonal() for operator in self.operators])
 
 
 class LinearMap(ABC):

@@ -25,7 +25,7 @@ from lora_da_core.operators import LowRankMap, accumulation_dtype
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.registry import Registry
 from lora_da_core.scale import LineSearch, line_search
-from lora_da_core.solving import LayerSolution, LayerSolver
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
 from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
 
 if TYPE_CHECKING:
@@ -258,17 +258,32 @@ class _Finish:
         solver = LayerSolver(self.pipeline.registry, parts.estimator, parts.solver, self.config)
         specs = {spec.name: spec for spec in self.specs}
         solutions: dict[str, LayerSolution] = {}
-        # Layers of one input group follow each other, so that its factorisation can go when they are done.
+        waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
+
+        def flush(alike: list[PreparedLayer]) -> None:
+            found = solver.solve(alike, self._population())
+            solutions.update({layer.spec.name: solution for layer, solution in zip(alike, found, strict=True)})
+            alike.clear()
+            if self.on_progress is not None:
+                self.on_progress("solve", len(solutions), len(specs))
+
+        # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
         by_group: dict[str, list[str]] = {}
         for name, layer in statistics.layers.items():
             by_group.setdefault(layer.group.leader if layer.group else name, []).append(name)
         for names in by_group.values():
             for name in names:
                 fisher = replace(statistics.of_layer(name), spec=specs[name])
-                solutions[name] = solver.solve(fisher, self.estimates.gradients[name], self._population())
-                if self.on_progress is not None:
-                    self.on_progress("solve", len(solutions), len(statistics.layers))
+                prepared = solver.prepare(fisher, self.estimates.gradient(specs[name]))
+                spec, device = prepared.spec, prepared.step.device
+                alike = waiting.setdefault((spec.in_features, spec.rank, device), [])
+                alike.append(prepared)
+                if len(alike) >= batch_size(spec, device):
+                    flush(alike)
             fisher.shared.clear()
+        for alike in waiting.values():
+            if alike:
+                flush(alike)
         return solutions
 
     def _population(self) -> int:

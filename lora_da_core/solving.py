@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,36 @@ from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import ConvergenceError, LoraDAError, PluginError
 from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
 from lora_da_core.omega import Subspace, formed, omega, subspace
-from lora_da_core.operators import LinearMap, NegatedGram, SymmetricOperator
+from lora_da_core.operators import LinearMap, NegatedGram, Stacked, SymmetricOperator
 from lora_da_core.registry import Registry
-from lora_da_core.types import EigenResult, FisherStatistics
+from lora_da_core.types import EigenResult, FisherStatistics, LayerSpec
 
 logger = logging.getLogger(__name__)
 
 ORTHONORMAL = 1e-3
 """Largest |UᵀU − I| that counts as orthonormal; solvers in float32 stay far below."""
+
+
+BATCH_BYTES = 2**33
+"""Bytes of float64 operators that may wait for a batched solve on an accelerator."""
+
+
+def batch_size(spec: LayerSpec, device: torch.device) -> int:
+    """How many layers like this one are solved together.
+
+    A CPU gains nothing from it; an accelerator is busy with one skinny product for less time than it takes to launch
+    the solver's small steps, so those are shared.
+
+    Args:
+        spec: A layer.
+        device: Where its operators are.
+
+    Returns:
+        At least 1.
+    """
+    if device.type == "cpu":
+        return 1
+    return int(max(1, BATCH_BYTES // (8 * spec.in_features * (2 * spec.in_features + spec.out_features))))
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,17 @@ class LayerSolution:
     seconds: float
 
 
+@dataclass(frozen=True)
+class PreparedLayer:
+    """A layer's operators, ready to be solved; `seconds` is what making them took."""
+
+    spec: LayerSpec
+    fisher: LayerFisher
+    step: LinearMap
+    variance: SymmetricOperator
+    seconds: float
+
+
 class LayerSolver:
     """Solves layers with one estimator, one solver (or the automatic choice) and one configuration."""
 
@@ -55,57 +88,20 @@ class LayerSolver:
         self.solver = solver
         self.config = config
 
-    def solve(self, statistics: FisherStatistics, gradient: LinearMap, population: int) -> LayerSolution:
-        """Solves one layer.
+    def prepare(self, statistics: FisherStatistics, gradient: LinearMap) -> PreparedLayer:
+        """Makes a layer's Fisher, step and V.
 
         Args:
             statistics: The layer's Fisher statistics.
             gradient: G, (out, in).
-            population: N.
 
         Returns:
-            The solution; not converged ones are mended or reported as the configuration says.
+            The layer, ready for `solve`.
 
         Raises:
-            PluginError: A plugin raised or broke its contract.
-            ConvergenceError: Not converged, and the configuration asks for an error.
+            PluginError: The estimator raised or broke its contract.
         """
         start, spec, config = time.perf_counter(), statistics.spec, self.config
-        fisher, step, variance = self._operators(statistics, gradient)
-        generator = torch.Generator(step.device).manual_seed(zlib.crc32(f"{config.seed}:{spec.name}".encode()))
-        solver = self._solver_for(spec.in_features, spec.rank, step.device)
-        squared_norm = max(0.0, -float(self._smallest(solver, NegatedGram(step), 1, generator, spec.name).values[0]))
-        sigma = squared_norm**0.5
-        remedies = list(fisher.remedies)
-        if sigma == 0.0:
-            remedies.append("the gradient is zero: A comes from the variance term alone, B is zero")
-        divisor = sigma if config.normalize and sigma > 0 else 1.0
-        operator = omega(step, variance, alpha=config.alpha, beta_over_n=config.beta / population)
-        result = self._smallest(solver, operator, spec.rank, generator, spec.name)
-        if not bool(result.converged):
-            solver, result = self._unconverged(solver, operator, result, remedies, generator, spec)
-        solution = subspace(result.vectors, step, divisor, spec.scaling)
-        if not bool(solution.projected.isfinite().all()):
-            raise PluginError(f"{self._named('estimator', self.estimator)} gave a step with NaN or Inf on {spec.name}")
-        values = result.values.double()
-        return LayerSolution(
-            subspace=solution,
-            values=tuple((values / divisor**2).tolist()),
-            gap=float(result.next_value.double() - values[-1]) / divisor**2,
-            residual=_relative_residual(result),
-            converged=bool(result.converged),
-            sigma=sigma,
-            solver=solver.name,
-            applies=result.applies,
-            damping=dict(fisher.damping),
-            remedies=tuple(remedies),
-            seconds=time.perf_counter() - start,
-        )
-
-    def _operators(
-        self, statistics: FisherStatistics, gradient: LinearMap
-    ) -> tuple[LayerFisher, LinearMap, SymmetricOperator]:
-        spec, config = statistics.spec, self.config
         with self._blamed("estimator", self.estimator, spec.name):
             fisher = self.estimator.fisher(
                 statistics,
@@ -125,7 +121,72 @@ class LayerSolver:
                 f"{named} gave a step in {step.dtype} on {step.device} and a V in {variance.dtype} on "
                 f"{variance.device} on {spec.name}; they must agree"
             )
-        return fisher, step, variance
+        return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start)
+
+    def solve(self, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
+        """Solves layers of one input size, rank and device together.
+
+        Args:
+            layers: At least one.
+            population: N.
+
+        Returns:
+            Their solutions; not converged ones are mended or reported as the configuration says.
+
+        Raises:
+            PluginError: A plugin raised or broke its contract.
+            ConvergenceError: Not converged, and the configuration asks for an error.
+        """
+        start, first, config = time.perf_counter(), layers[0], self.config
+        size, rank, device = first.spec.in_features, first.spec.rank, first.step.device
+        solver = self._solver_for(size, rank, device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{config.seed}:{first.spec.name}".encode()))
+        names = ", ".join(layer.spec.name for layer in layers)
+        norms = self._smallest(solver, [NegatedGram(layer.step) for layer in layers], 1, generator, names)
+        beta_over_n = config.beta / population
+        operators = [omega(layer.step, layer.variance, alpha=config.alpha, beta_over_n=beta_over_n) for layer in layers]
+        results = self._smallest(solver, operators, rank, generator, names)
+        each = (time.perf_counter() - start) / len(layers)
+        return [
+            self._solution(layer, operator, float(norm.values[0]), result, solver, generator, each)
+            for layer, operator, norm, result in zip(layers, operators, norms, results, strict=True)
+        ]
+
+    def _solution(
+        self,
+        layer: PreparedLayer,
+        operator: SymmetricOperator,
+        least: float,
+        result: EigenResult,
+        solver: Solver[Any],
+        generator: torch.Generator,
+        seconds: float,
+    ) -> LayerSolution:
+        start, spec, config = time.perf_counter(), layer.spec, self.config
+        sigma = max(0.0, -least) ** 0.5
+        remedies = list(layer.fisher.remedies)
+        if sigma == 0.0:
+            remedies.append("the gradient is zero: A comes from the variance term alone, B is zero")
+        divisor = sigma if config.normalize and sigma > 0 else 1.0
+        if not bool(result.converged):
+            solver, result = self._unconverged(solver, operator, result, remedies, generator, spec)
+        solution = subspace(result.vectors, layer.step, divisor, spec.scaling)
+        if not bool(solution.projected.isfinite().all()):
+            raise PluginError(f"{self._named('estimator', self.estimator)} gave a step with NaN or Inf on {spec.name}")
+        values = result.values.double()
+        return LayerSolution(
+            subspace=solution,
+            values=tuple((values / divisor**2).tolist()),
+            gap=float(result.next_value.double() - values[-1]) / divisor**2,
+            residual=_relative_residual(result),
+            converged=bool(result.converged),
+            sigma=sigma,
+            solver=solver.name,
+            applies=result.applies,
+            damping=dict(layer.fisher.damping),
+            remedies=tuple(remedies),
+            seconds=layer.seconds + seconds + time.perf_counter() - start,
+        )
 
     def _solver_for(self, size: int, rank: int, device: torch.device) -> Solver[Any]:
         if self.solver is not None:
@@ -134,14 +195,21 @@ class LayerSolver:
         return chosen
 
     def _smallest(
-        self, solver: Solver[Any], operator: SymmetricOperator, rank: int, generator: torch.Generator, layer: str
-    ) -> EigenResult:
-        with self._blamed("solver", solver, layer):
-            result = solver.smallest(operator, rank, generator=generator)
-        fault = _fault(result, operator, rank)
+        self,
+        solver: Solver[Any],
+        operators: Sequence[SymmetricOperator],
+        rank: int,
+        generator: torch.Generator,
+        names: str,
+    ) -> list[EigenResult]:
+        """One result per operator; several operators go to the solver as one batch."""
+        whole = operators[0] if len(operators) == 1 else Stacked(operators)
+        with self._blamed("solver", solver, names):
+            result = solver.smallest(whole, rank, generator=generator)
+        fault = _fault(result, whole, rank)
         if fault:
-            raise PluginError(f"{self._named('solver', solver)} broke its contract on {layer}: {fault}")
-        return result
+            raise PluginError(f"{self._named('solver', solver)} broke its contract on {names}: {fault}")
+        return [result] if len(operators) == 1 else [_member(result, index) for index in range(len(operators))]
 
     def _unconverged(
         self,
@@ -150,7 +218,7 @@ class LayerSolver:
         result: EigenResult,
         remedies: list[str],
         generator: torch.Generator,
-        spec: Any,
+        spec: LayerSpec,
     ) -> tuple[Solver[Any], EigenResult]:
         missed = (
             f"solver {solver.name!r} did not converge on {spec.name}: residual "
@@ -162,7 +230,7 @@ class LayerSolver:
             logger.warning("%s; solving it with eigh instead", missed)
             remedies.append(f"{solver.name} did not converge; solved with eigh")
             dense: Solver[Any] = self.registry.create("solver", "eigh")
-            return dense, self._smallest(dense, operator, spec.rank, generator, spec.name)
+            return dense, self._smallest(dense, [operator], spec.rank, generator, spec.name)[0]
         logger.warning("%s", missed)
         remedies.append(f"{solver.name} did not converge")
         return solver, result
@@ -182,6 +250,17 @@ class LayerSolver:
             ) from error
 
 
+def _member(result: EigenResult, index: int) -> EigenResult:
+    return EigenResult(
+        values=result.values[index],
+        vectors=result.vectors[index],
+        residuals=result.residuals[index],
+        converged=result.converged[index],
+        applies=result.applies,
+        next_value=result.next_value[index],
+    )
+
+
 def _relative_residual(result: EigenResult) -> float:
     norm = float(result.values.abs().max())
     return float(result.residuals.max()) / norm if norm > 0 else float(result.residuals.max())
@@ -189,7 +268,8 @@ def _relative_residual(result: EigenResult) -> float:
 
 def _fault(result: EigenResult, operator: SymmetricOperator, rank: int) -> str:
     """What is wrong with a solver's answer; empty where nothing is."""
-    if result.values.shape != (rank,) or result.vectors.shape != (operator.size, rank):
+    batch = operator.batch_shape
+    if result.values.shape != (*batch, rank) or result.vectors.shape != (*batch, operator.size, rank):
         return f"values {tuple(result.values.shape)} and vectors {tuple(result.vectors.shape)} for rank {rank}"
     if result.vectors.dtype != operator.dtype or result.vectors.device != operator.device:
         return f"vectors in {result.vectors.dtype} on {result.vectors.device}, the operator in {operator.dtype}"

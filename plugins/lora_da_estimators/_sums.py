@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.interfaces import Accumulator
+from lora_da_core.operators import add_product
 
 SECOND_MOMENT = "second_moment"
 """Key of Σ v vᵀ."""
@@ -30,8 +31,7 @@ class InputSecondMoment(Accumulator):
         self.total = torch.zeros(size, size, device=device, dtype=dtype)
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        block = inputs.to(self.total)
-        self.total.addmm_(block.mT, block)
+        add_product(self.total, inputs, inputs)
 
     def statistics(self) -> dict[str, Tensor]:
         return {SECOND_MOMENT: self.total}
@@ -44,8 +44,8 @@ class OutputSecondMoment(Accumulator):
         self.total = torch.zeros(size, size, device=device, dtype=dtype)
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        block = required(output_grads).to(self.total)
-        self.total.addmm_(block.mT, block)
+        block = required(output_grads)
+        add_product(self.total, block, block)
 
     def statistics(self) -> dict[str, Tensor]:
         return {SECOND_MOMENT: self.total}

@@ -59,4 +59,5 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     normal = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     basis, triangle = torch.linalg.qr(normal)
     # Without the signs the result would depend on how the decomposition chooses them.
-    return basis * triangle.diagonal().sign()
+    uniform: Tensor = basis * triangle.diagonal().sign()
+    return uniform

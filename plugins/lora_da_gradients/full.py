@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import Accumulator, GradientEstimator, NoOptions
-from lora_da_core.operators import DenseMap, LinearMap
+from lora_da_core.operators import DenseMap, LinearMap, add_product
 from lora_da_core.types import LayerSpec
 
 
@@ -23,8 +23,7 @@ class _GradientSum(Accumulator):
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
         if output_grads is None:
             raise TypeError("the full gradient needs output gradients")
-        dtype = self.total.dtype
-        self.total.addmm_(output_grads.to(dtype).mT, inputs.to(dtype))
+        add_product(self.total, output_grads, inputs)
 
     def statistics(self) -> dict[str, Tensor]:
         return {"gradient": self.total}

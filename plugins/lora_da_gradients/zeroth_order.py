@@ -24,6 +24,7 @@ from lora_da_gradients._directions import add_to, direction, scaled
 from lora_da_gradients._seeds import named_generator
 
 Difference = Literal["central", "forward"]
+Layers = Literal["together", "in_turn"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ZerothOrderOptions:
             by mu·√d.
         difference: `"central"`, (f(+) − f(−))/2μ, which curvature does not disturb, or `"forward"`, (f(+) − f(0))/μ,
             for nearly half the forward passes.
+        layers: Whether a probe changes all layers `"together"`, or each layer gets probes of its own, `"in_turn"`, at
+            as many times the forward passes as there are layers. For the same number of passes the former serves the
+            layers with the largest gradients best, the latter all layers alike.
         rank: Rank of the directions of a layer; None takes dense ones, which need as much memory as the weights.
     """
 
@@ -48,6 +52,7 @@ class ZerothOrderOptions:
     beta1: float = 1.0
     mu: float = 1e-3
     difference: Difference = "central"
+    layers: Layers = "together"
     rank: int | None = 1
 
     def __post_init__(self) -> None:
@@ -58,8 +63,9 @@ class ZerothOrderOptions:
             raise ValueError(f"beta1 is {self.beta1!r}; it must lie between 0 and 1")
         if not 0 < self.mu < math.inf:
             raise ValueError(f"mu is {self.mu!r}; it must be above 0")
-        if self.difference not in get_args(Difference):
-            raise ValueError(f"difference is {self.difference!r}; choose one of {', '.join(get_args(Difference))}")
+        for name, allowed in (("difference", get_args(Difference)), ("layers", get_args(Layers))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank!r}; it must be at least 1, or None for dense directions")
 
@@ -73,15 +79,15 @@ class ZerothOrderOptions:
 class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
     """G ≈ m/(1 − β1ᵀ) after T steps, with g = (1/K) Σ_k (f(W + μU_k) − f(W − μU_k))/2μ · U_k.
 
-    Each probe changes all layers at once, every layer along a direction U of its own with ‖U‖_F² = d = out·in. That
-    is the estimator for unit directions with its factor d already in: E[vec(U) vec(U)ᵀ] = I, so g is unbiased up to
+    Every layer has a direction U of its own with ‖U‖_F² = d = out·in, drawn anew for each probe. That is the estimator for unit directions with its factor d already in: E[vec(U) vec(U)ᵀ] = I, so g is unbiased up to
     O(μ²), for a quadratic loss exactly. R-AdaZO divides m by √v to choose a step; that would turn G's directions, so
     m alone is taken.
 
     The variance is that of d unknowns seen through one number per probe: of one probe E‖g − G‖² = (d − 1)·‖G‖² plus
-    d times the squared gradient of the other layers. Thousands of probes are needed before the subspace of a real
-    layer shows; `diagnostics` reports how far it is. Directions are never stored, and statistics are sums over
-    samples, so shards that were given the same generator add.
+    d times the squared gradients of the layers changed with it. So the subspace of a layer shows after a multiple of
+    d probes, and later where other layers' gradients are larger: the method is for small layers and for models that
+    no backward pass fits, and `diagnostics` says how far it got. Directions are never stored, and statistics are sums
+    over samples, so shards that were given the same generator add.
     """
 
     name = "zeroth_order"
@@ -123,24 +129,12 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
             ModelError: A loss is not finite.
         """
         seed = int(torch.randint(2**62, (), generator=generator))
-        places = {spec.name: probe.place(spec.name) for spec in specs}
-        totals = {}
-        for spec in specs:
-            device, dtype = places[spec.name]
-            totals[spec.name] = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
         base = _sum_of_losses(probe, {}) if self.options.difference == "forward" else 0.0
-        slopes = []
-        for index, weight in enumerate(self.options.weights().tolist()):
-            directions = {}
-            for spec in specs:
-                device, dtype = places[spec.name]
-                numbers = named_generator(seed, spec.name, index)
-                directions[spec.name] = direction(spec, self.options.rank, numbers, device=device, dtype=dtype)
-            slopes.append(self._slope(probe, directions, base))
-            for name, change in directions.items():
-                add_to(totals[name], change, weight * slopes[-1])
-        found = torch.tensor(slopes, dtype=torch.float64)
-        return {name: {"gradient": total, "slopes": found.clone()} for name, total in totals.items()}
+        groups = [specs] if self.options.layers == "together" else [[spec] for spec in specs]
+        found: dict[str, dict[str, Tensor]] = {}
+        for group in groups:
+            found.update(self._estimate_group(probe, group, seed, base))
+        return found
 
     def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:
         return DenseMap(statistics["gradient"] / samples)
@@ -176,6 +170,28 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
 
     def statistics_bytes(self, spec: LayerSpec, *, itemsize: int) -> int:
         return spec.out_features * spec.in_features * itemsize + 8 * self.options.steps * self.options.probes
+
+    def _estimate_group(
+        self, probe: LossProbe, specs: Sequence[LayerSpec], seed: int, base: float
+    ) -> dict[str, dict[str, Tensor]]:
+        """The statistics of layers that are changed together."""
+        places = {spec.name: probe.place(spec.name) for spec in specs}
+        totals = {}
+        for spec in specs:
+            device, dtype = places[spec.name]
+            totals[spec.name] = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
+        slopes = []
+        for index, weight in enumerate(self.options.weights().tolist()):
+            directions = {}
+            for spec in specs:
+                device, dtype = places[spec.name]
+                numbers = named_generator(seed, spec.name, index)
+                directions[spec.name] = direction(spec, self.options.rank, numbers, device=device, dtype=dtype)
+            slopes.append(self._slope(probe, directions, base))
+            for name, change in directions.items():
+                add_to(totals[name], change, weight * slopes[-1])
+        quotients = torch.tensor(slopes, dtype=torch.float64)
+        return {name: {"gradient": total, "slopes": quotients.clone()} for name, total in totals.items()}
 
     def _slope(self, probe: LossProbe, directions: Mapping[str, LinearMap], base: float) -> float:
         """Σ_n of the difference quotients of ℓ_n."""
