@@ -27,6 +27,7 @@ import lora_da_core
 from benchmarks.machine import machine, write_json
 
 GIB = 2**30
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     model = _model(options.layers)
     batches = _batches(options.samples, options.batch_size)
     warm_up = [{key: value[:2] for key, value in batches[-1].items()}]
-    lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    # By name: PEFT's LoRA-GA does not know "all-linear".
+    lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=list(LINEAR), task_type="CAUSAL_LM")
     rows = {}
     for name, program in _programs(model, lora).items():
         program(warm_up)

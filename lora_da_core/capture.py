@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class CaptureTask:
     token_mask: TokenMask
     base_only: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Within it the model computes the base function, whatever adapters it carries."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Distribution and version by kind of component, for error messages."""
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +142,7 @@ class _Run:
     def __init__(self, task: CaptureTask, generator: torch.Generator) -> None:
         self.task = task
         self.generator = generator
+        self._number: int | None = None
         self.groups: dict[str, InputGroup] = {}
         self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
         self.specs = {spec.name: spec for spec in task.specs}
@@ -157,10 +160,12 @@ class _Run:
 
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
         device, dtype = self._device(spec.name), self._dtype(spec.name)
-        fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
+        with self._blamed("estimator", spec.name):
+            fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
         if self.task.gradient.forward_only:
             return LayerStatistics(spec, fisher, None)
-        return LayerStatistics(spec, fisher, self.task.gradient.accumulator(spec, device=device, dtype=dtype))
+        with self._blamed("gradient", spec.name):
+            return LayerStatistics(spec, fisher, self.task.gradient.accumulator(spec, device=device, dtype=dtype))
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -199,7 +204,7 @@ class _Run:
             return
         samples = len(part["labels"])
         masks = {name: task.objective.token_mask(part, spec, task.token_mask) for name, spec in self.specs.items()}
-        self._pass = index
+        self._pass, self._number = index, number
         first, drawn = index == 0, task.estimator.labels != "empirical"
         if first:
             self.statistics.samples += samples
@@ -298,7 +303,8 @@ class _Run:
         example, counted = tokens.examples_and_mask(name, len(inputs) // len(records), len(records))
         example = example.to(inputs.device)
         if self._takes_gradient and layer.gradient is not None:
-            self._update(layer.gradient, name, inputs, output_grads, example)
+            with self._blamed("gradient", name):
+                layer.gradient.update(inputs, output_grads, example)
         if counted is not None:
             counted = counted.to(inputs.device)
             inputs, example = inputs[counted], example[counted]
@@ -306,19 +312,22 @@ class _Run:
         if self._takes_inputs:
             layer.tokens += len(inputs) if self._pass == 0 else 0
             if not all(record.accumulated for record in records):
-                self._update(group.accumulator, name, inputs, output_grads, example)
+                with self._blamed("estimator", name):
+                    group.accumulator.update(inputs, output_grads, example)
                 for record in records:
                     record.accumulated = True
         if self._takes_fisher:
-            self._update(layer.fisher, name, inputs, output_grads, example)
+            with self._blamed("estimator", name):
+                layer.fisher.update(inputs, output_grads, example)
 
     def _group(self, layer: LayerStatistics, leader: str) -> InputGroup:
         name = layer.spec.name
         if layer.group is None:
             if leader not in self.groups:
-                accumulator = self.task.estimator.input_accumulator(
-                    self.specs[leader], device=self._device(leader), dtype=self._dtype(leader)
-                )
+                with self._blamed("estimator", leader):
+                    accumulator = self.task.estimator.input_accumulator(
+                        self.specs[leader], device=self._device(leader), dtype=self._dtype(leader)
+                    )
                 self.groups[leader] = InputGroup(leader, accumulator)
             layer.group = self.groups[leader]
         if layer.group.leader != leader:
@@ -328,17 +337,19 @@ class _Run:
             )
         return layer.group
 
-    def _update(
-        self, accumulator: Accumulator, name: str, inputs: Tensor, output_grads: Tensor | None, example: Tensor
-    ) -> None:
+    @contextlib.contextmanager
+    def _blamed(self, kind: Literal["estimator", "gradient"], layer: str) -> Iterator[None]:
+        """What a plugin's code raises becomes an error that names it, the layer and the batch."""
         try:
-            accumulator.update(inputs, output_grads, example)
+            yield
         except LoraDAError:
             raise
         except Exception as error:
+            component = self.task.estimator if kind == "estimator" else self.task.gradient
+            origin = f" ({self.task.origins[kind]})" if kind in self.task.origins else ""
+            batch = "" if self._number is None else f" in batch {self._number}"
             raise PluginError(
-                f"{type(accumulator).__module__}.{type(accumulator).__qualname__} raised on layer {name}: "
-                f"{type(error).__name__}: {error}"
+                f"{kind} {component.name!r}{origin} raised on layer {layer}{batch}: {type(error).__name__}: {error}"
             ) from error
 
     def end_pass(self, index: int) -> None:
@@ -349,7 +360,10 @@ class _Run:
                 f"{len(unused)} targeted layers never ran on this data, the first is {unused[0]}. "
                 "Leave them out with exclude_modules, or give data that reaches them."
             )
+        self._number = None
         for group in self.groups.values():
-            group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
+            with self._blamed("estimator", group.leader):
+                group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
         for name, layer in self.statistics.layers.items():
-            layer.fisher.end_pass(index, self.statistics.of_layer(name))
+            with self._blamed("estimator", name):
+                layer.fisher.end_pass(index, self.statistics.of_layer(name))

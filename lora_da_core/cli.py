@@ -1,4 +1,4 @@
-"""The command line, `lora-da`: init, inspect, verify, plugins."""
+"""The command line, `lora-da`: init, inspect, verify, plugins, ablate."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lora_da_core.ablation.command import AblateOptions, ablate
 from lora_da_core.cli_options import InitOptions, command_of, module_names
 from lora_da_core.errors import LoraDAError, OptionError, StorageError
 
@@ -315,6 +316,12 @@ def _plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON 
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
     else:
         _console().print(plugin_table(records))
+
+
+# ablate
+
+
+app.command("ablate")(command_of(AblateOptions, ablate))
 
 
 # What they share

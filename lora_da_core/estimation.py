@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lora_da_core import capture
 from lora_da_core.capture import CaptureTask, Progress, Statistics
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.errors import DataError
+from lora_da_core.errors import DataError, LoraDAError, PluginError
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.types import Batch, LayerSpec
@@ -46,8 +47,25 @@ class Estimates:
 
     def gradient(self, spec: LayerSpec) -> LinearMap:
         """G of a layer, (out, in), made when asked for: all of them at once would double the memory."""
-        sums = self.gradient_sums[spec.name]
-        return self.task.gradient.gradient(sums, spec, samples=self.statistics.samples)
+        with self._blamed(spec):
+            return self.task.gradient.gradient(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
+
+    def diagnostics(self, spec: LayerSpec) -> dict[str, float]:
+        """What the gradient estimator says of its own error on a layer."""
+        with self._blamed(spec):
+            return self.task.gradient.diagnostics(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
+
+    @contextlib.contextmanager
+    def _blamed(self, spec: LayerSpec) -> Iterator[None]:
+        try:
+            yield
+        except LoraDAError:
+            raise
+        except Exception as error:
+            named = (
+                f"gradient {self.task.gradient.name!r} ({self.task.origins.get('gradient', 'unknown distribution')})"
+            )
+            raise PluginError(f"{named} raised on layer {spec.name}: {type(error).__name__}: {error}") from error
 
 
 def estimate(

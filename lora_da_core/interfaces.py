@@ -180,6 +180,11 @@ class GradientEstimator(Component[OptionsT]):
         return False
 
     @property
+    def exact(self) -> bool:
+        """Whether G is exact; an approximation must still be exact where G has rank one."""
+        return True
+
+    @property
     def additive(self) -> bool:
         """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
         return True
@@ -191,6 +196,10 @@ class GradientEstimator(Component[OptionsT]):
     @abstractmethod
     def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:
         """G = (1/n) Σ_n G_n, (out, in), from the accumulator's sums."""
+
+    def diagnostics(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> dict[str, float]:
+        """How good the estimate of this layer is, for the report; an exact estimator has nothing to say."""
+        return {}
 
     @abstractmethod
     def statistics_bytes(self, spec: LayerSpec, *, itemsize: int) -> int:

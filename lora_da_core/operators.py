@@ -320,6 +320,10 @@ class LinearMap(ABC):
     def rmatmat(self, block: Tensor) -> Tensor:
         """Mᵀ·block, (rows, k) to (columns, k)."""
 
+    def apply_to_rows(self, rows: Tensor) -> Tensor:
+        """rows·Mᵀ, (k, columns) to (k, rows): the map as a layer applies it to tokens."""
+        return self.matmat(rows.mT).mT
+
     def to_dense(self) -> Tensor:
         """M itself, (rows, columns)."""
         return self.matmat(torch.eye(self.shape[1], dtype=self.dtype, device=self.device))
@@ -377,6 +381,9 @@ class LowRankMap(LinearMap):
 
     def rmatmat(self, block: Tensor) -> Tensor:
         return self.right @ (self.left.mT @ block)
+
+    def apply_to_rows(self, rows: Tensor) -> Tensor:
+        return (rows @ self.right) @ self.left.mT
 
     def to_dense(self) -> Tensor:
         return self.left @ self.right.mT

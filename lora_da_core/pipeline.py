@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "robust"
-SEARCH_SAMPLES = 32
+SEARCH_SAMPLES = 16
 """Samples that the line search reads."""
 
 
@@ -107,6 +107,11 @@ class Components:
         solver = "auto" if self.solver is None else self.solver.name
         named = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
         return {**{kind: component.name for kind, component in named.items()}, "solver": solver}
+
+    def origins(self, registry: Registry) -> dict[str, str]:
+        """Distribution and version by kind."""
+        parts = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
+        return {kind: registry.origin(kind, type(component)) for kind, component in parts.items()}
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Options by kind."""
@@ -190,6 +195,7 @@ class Pipeline:
             gradient=self.components.gradient,
             token_mask=self.config.token_mask,
             base_only=partial(adapter.adapters_disabled, model),
+            origins=self.components.origins(self.registry),
         )
         return estimate(task, taken, counts, self.config, on_progress)
 
@@ -337,6 +343,7 @@ class _Finish:
             applies=solution.applies,
             damping=solution.damping,
             remedies=solution.remedies,
+            gradient=self.estimates.diagnostics(spec),
             seconds=solution.seconds,
             digest_A=digest(pair.A),
             digest_B=digest(pair.B),

@@ -43,7 +43,7 @@ class LowRankProbe(LossProbe):
             if change is None:
                 return None
             inputs = args[0].flatten(0, -2).to(change.dtype)
-            return output + change.matmat(inputs.mT).mT.reshape(output.shape).to(output.dtype)
+            return output + change.apply_to_rows(inputs).reshape(output.shape).to(output.dtype)
 
         return add_change
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
@@ -104,6 +104,8 @@ class Registry:
             for component in components:
                 fault = _fault(component, expected)
                 name = str(getattr(component, "name", component))
+                if not fault and any((o.record.distribution, o.record.name) == (distribution, name) for o in offers):
+                    fault = f"{distribution} offers another {kind} of this name already"
                 if fault:
                     self._refuse(kind, name, distribution, version, fault)
                 else:
@@ -178,6 +180,7 @@ class Registry:
 
         Raises:
             OptionError: An option is unknown or out of range.
+            PluginError: The component raised otherwise, or does not keep its options.
         """
         name, given = (choice, {}) if isinstance(choice, str) else _name_and_options(kind, choice)
         cls = self.resolve(kind, name)
@@ -189,26 +192,38 @@ class Registry:
                 raise OptionError(
                     f"{kind} {name!r} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}."
                 )
+        named = f"{kind} {name!r} ({self.origin(kind, cls)})"
         try:
-            return cls(cls.Options(**given))
+            options = cls.Options(**given)
         except (ValueError, TypeError) as error:
             raise OptionError(f"{kind} {name!r}: {error}") from error
+        try:
+            component = cls(options)
+        except (OptionError, PluginError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{named} raised when it was made: {_describe(error)}") from error
+        if getattr(component, "options", None) != options:
+            raise PluginError(f"{named} does not keep its options; its __init__ must call super().__init__(options)")
+        return component
 
-    def choose_solver(self, size: int, rank: int, device_type: str) -> str:
+    def choose_solver(self, size: int, rank: int, device_type: str, failed: Collection[str] = ()) -> str:
         """The solver's name that `solver="auto"` takes for a layer, from the `lora_da_choose_solver` hook.
 
         Args:
             size: Order of Ω.
             rank: Eigenpairs wanted.
             device_type: `torch.device.type` of Ω.
+            failed: Solvers that did not converge on this Ω; they are not available.
 
         Returns:
             A name that `resolve` knows.
 
         Raises:
             OptionError: No plugin has an opinion.
+            PluginError: A plugin raised, or chose what is not there.
         """
-        available = self.names("solver")
+        available = {name: solver for name, solver in self.names("solver").items() if name not in failed}
         arguments: dict[str, Any] = {"size": size, "rank": rank, "device_type": device_type, "available": available}
         for implementation in reversed(self._manager.hook.lora_da_choose_solver.get_hookimpls()):
             wanted = [arguments[name] for name in implementation.argnames]
@@ -218,8 +233,12 @@ class Registry:
                 raise PluginError(
                     f"lora_da_choose_solver of {implementation.plugin_name}: {_describe(error)}"
                 ) from error
+            if name is not None and str(name) not in available:
+                raise PluginError(
+                    f"lora_da_choose_solver of {implementation.plugin_name} chose {name!r}, which is not available. "
+                    f"Available: {', '.join(sorted(available))}."
+                )
             if name is not None:
-                self.resolve("solver", str(name))
                 return str(name)
         raise OptionError(f"no plugin chooses a solver for size {size}; name one: {', '.join(sorted(available))}.")
 

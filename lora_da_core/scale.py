@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-START = 2.0**-5
-"""First multiplier tried: a step of spectral norm 1/32 in every layer's weights."""
+START = 2.0**-4
+"""First multiplier tried: a step of spectral norm 1/16 in every layer's weights."""
 
 DOUBLINGS = 14
 """How many factors of two the search may go up or down."""

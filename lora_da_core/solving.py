@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.errors import ConvergenceError, LoraDAError, PluginError
+from lora_da_core.errors import ConvergenceError, LoraDAError, OptionError, PluginError
 from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
 from lora_da_core.omega import Subspace, formed, omega, subspace
 from lora_da_core.operators import LinearMap, NegatedGram, Stacked, SymmetricOperator
@@ -102,6 +102,11 @@ class LayerSolver:
             PluginError: The estimator raised or broke its contract.
         """
         start, spec, config = time.perf_counter(), statistics.spec, self.config
+        if tuple(gradient.shape) != (spec.out_features, spec.in_features):
+            raise PluginError(
+                f"the gradient estimator gave G of shape {tuple(gradient.shape)} on {spec.name}, "
+                f"not {(spec.out_features, spec.in_features)}"
+            )
         with self._blamed("estimator", self.estimator, spec.name):
             fisher = self.estimator.fisher(
                 statistics,
@@ -121,6 +126,7 @@ class LayerSolver:
                 f"{named} gave a step in {step.dtype} on {step.device} and a V in {variance.dtype} on "
                 f"{variance.device} on {spec.name}; they must agree"
             )
+        self._check_products(step, variance, spec)
         return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start)
 
     def solve(self, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
@@ -188,6 +194,23 @@ class LayerSolver:
             seconds=layer.seconds + seconds + time.perf_counter() - start,
         )
 
+    def _check_products(self, step: LinearMap, variance: SymmetricOperator, spec: LayerSpec) -> None:
+        """One product each, so that a NaN or a wrong shape is the estimator's fault and not the solver's."""
+        with self._blamed("estimator", self.estimator, spec.name):
+            products = {
+                "step": step.matmat(_ones(step, spec.out_features)),
+                "V": variance.matmat(_ones(variance, spec.in_features)),
+            }
+        named = self._named("estimator", self.estimator)
+        for label, product in products.items():
+            if product.shape != (spec.in_features, 1):
+                raise PluginError(
+                    f"{named} gave a {label} on {spec.name} whose product with one column has shape "
+                    f"{tuple(product.shape)}, not {(spec.in_features, 1)}"
+                )
+            if not bool(product.isfinite().all()):
+                raise PluginError(f"{named} gave a {label} with NaN or Inf on {spec.name}")
+
     def _solver_for(self, size: int, rank: int, device: torch.device) -> Solver[Any]:
         if self.solver is not None:
             return self.solver
@@ -226,13 +249,19 @@ class LayerSolver:
         )
         if self.config.unconverged == "error":
             raise ConvergenceError(f"{missed}. Choose another solver, or unconverged='fallback'.")
-        if self.config.unconverged == "fallback" and solver.name != "eigh":
-            logger.warning("%s; solving it with eigh instead", missed)
-            remedies.append(f"{solver.name} did not converge; solved with eigh")
-            dense: Solver[Any] = self.registry.create("solver", "eigh")
-            return dense, self._smallest(dense, [operator], spec.rank, generator, spec.name)[0]
         logger.warning("%s", missed)
-        remedies.append(f"{solver.name} did not converge")
+        failed = [solver.name]
+        while self.config.unconverged == "fallback" and not bool(result.converged):
+            try:
+                name = self.registry.choose_solver(operator.size, spec.rank, operator.device.type, failed)
+            except OptionError:
+                break
+            solver = self.registry.create("solver", name)
+            result = self._smallest(solver, [operator], spec.rank, generator, spec.name)[0]
+            remedies.append(f"{failed[-1]} did not converge; solved with {name}")
+            failed.append(name)
+        if not bool(result.converged):
+            remedies.append(f"{failed[-1]} did not converge")
         return solver, result
 
     def _named(self, kind: str, component: Any) -> str:
@@ -261,16 +290,25 @@ def _member(result: EigenResult, index: int) -> EigenResult:
     )
 
 
+def _ones(like: LinearMap | SymmetricOperator, rows: int) -> Tensor:
+    return torch.ones(rows, 1, dtype=like.dtype, device=like.device)
+
+
 def _relative_residual(result: EigenResult) -> float:
     norm = float(result.values.abs().max())
     return float(result.residuals.max()) / norm if norm > 0 else float(result.residuals.max())
 
 
-def _fault(result: EigenResult, operator: SymmetricOperator, rank: int) -> str:
+def _fault(result: Any, operator: SymmetricOperator, rank: int) -> str:
     """What is wrong with a solver's answer; empty where nothing is."""
+    if not isinstance(result, EigenResult):
+        return f"it returned {type(result).__name__}, not an EigenResult"
     batch = operator.batch_shape
     if result.values.shape != (*batch, rank) or result.vectors.shape != (*batch, operator.size, rank):
         return f"values {tuple(result.values.shape)} and vectors {tuple(result.vectors.shape)} for rank {rank}"
+    for name, shape in {"residuals": (*batch, rank), "converged": tuple(batch), "next_value": tuple(batch)}.items():
+        if tuple(getattr(result, name).shape) != shape:
+            return f"{name} of shape {tuple(getattr(result, name).shape)}, not {shape}"
     if result.vectors.dtype != operator.dtype or result.vectors.device != operator.device:
         return f"vectors in {result.vectors.dtype} on {result.vectors.device}, the operator in {operator.dtype}"
     tensors: tuple[Tensor, ...] = (result.values, result.vectors, result.residuals)

@@ -10,7 +10,7 @@ Needs no test runner. Under pytest:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -170,12 +170,13 @@ def check_plugin(name: str, *, options: Options = None) -> tuple[CheckResult, ..
 
     Args:
         name: A name such as `"kfac"`, or `"distribution:name"`; of every kind that has it.
-        options: Options of the component.
+        options: Options of the component; where several kinds have the name, each takes those it has.
 
     Returns:
         One result per check, all passed.
 
     Raises:
+        OptionError: No component of that name has an option.
         UnknownNameError: No estimator, gradient estimator or solver has that name.
         PluginError: Checks failed; the message lists each with its fault.
     """
@@ -185,10 +186,14 @@ def check_plugin(name: str, *, options: Options = None) -> tuple[CheckResult, ..
         known = {kind: ", ".join(sorted(registry.names(kind))) for kind in CHECKS_OF_KIND}
         listed = "; ".join(f"{kind}: {names or 'none'}" for kind, names in known.items())
         raise UnknownNameError(f"no component to check is called {name!r}. Installed: {listed}. Run 'lora-da plugins'.")
+    known_options = {kind: {entry.name for entry in fields(cls.Options)} for kind, cls in found.items()}
+    unknown = sorted(set(options or {}).difference(*known_options.values()))
+    if unknown:
+        raise OptionError(f"{' and '.join(found)} {name!r} has no option {unknown[0]!r}.")
     results = tuple(
         CheckResult(kind, check, fault_of(run))
         for kind, cls in found.items()
-        for check, run in CHECKS_OF_KIND[kind](cls, options=options)
+        for check, run in CHECKS_OF_KIND[kind](cls, options=_taken(options, known_options[kind]))
     )
     failed = [result for result in results if result.fault]
     if failed:
@@ -214,6 +219,10 @@ def fault_of(check: Callable[[], None]) -> str:
     except Exception as error:
         return f"raised {type(error).__name__}: {error}"
     return ""
+
+
+def _taken(options: Options, known: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in (options or {}).items() if key in known}
 
 
 def _resolved(registry: Registry, kind: str, name: str) -> Any:

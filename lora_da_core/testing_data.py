@@ -154,11 +154,12 @@ def random_tokens(
 
 
 def orthonormal_tokens(tokens_per_sample: int) -> Tokens:
-    """Two samples whose own tokens are orthonormal in x and in g, so that Fisher traces are whole numbers."""
-    generator = torch.Generator().manual_seed(11)
-    bases = torch.linalg.qr(torch.randn(4, 5, 5, generator=generator, dtype=torch.float64)).Q
-    x, g = (torch.cat([basis[:tokens_per_sample] for basis in pair]) for pair in (bases[:2], bases[2:]))
-    return Tokens(layer(5, 5), x, g, torch.arange(2).repeat_interleave(tokens_per_sample), 2)
+    """Two samples of up to three tokens, unit vectors up to sign, so that Fisher traces are whole numbers."""
+    unit = torch.eye(5, dtype=torch.float64)
+    x = torch.stack([unit[[0, 3, 1]], -unit[[2, 1, 4]]])[:, :tokens_per_sample]
+    g = torch.stack([-unit[[4, 0, 2]], unit[[1, 3, 0]]])[:, :tokens_per_sample]
+    example = torch.arange(2).repeat_interleave(tokens_per_sample)
+    return Tokens(layer(5, 5), x.flatten(0, 1), g.flatten(0, 1), example, 2)
 
 
 @dataclass
@@ -183,6 +184,7 @@ def collect(
     *,
     dtype: torch.dtype = torch.float64,
     by_merge: bool = False,
+    reuse_buffers: bool = False,
 ) -> FisherStatistics:
     """All passes of an estimator over batches that are spread over shards.
 
@@ -191,6 +193,7 @@ def collect(
         shards: Batches by shard.
         dtype: Dtype of the sums.
         by_merge: Whether shards meet in `Accumulator.merge` even where their tensors may be added.
+        reuse_buffers: Whether the tensors given to `update` are overwritten after each call.
 
     Returns:
         The merged statistics.
@@ -202,9 +205,15 @@ def collect(
     for index in range(estimator.passes):
         for worker, shard in zip(workers, shards, strict=True):
             for batch in shard:
-                worker.input.update(batch.inputs, None, batch.example)
-                grads = batch.output_grads if estimator.needs_output_grads else None
-                worker.layer.update(batch.inputs, grads, batch.example)
+                inputs, grads = batch.inputs, batch.output_grads if estimator.needs_output_grads else None
+                if reuse_buffers:
+                    inputs, grads = inputs.clone(), None if grads is None else grads.clone()
+                worker.input.update(inputs, None, batch.example)
+                worker.layer.update(inputs, grads, batch.example)
+                if reuse_buffers:
+                    inputs.fill_(0.5)
+                    if grads is not None:
+                        grads.fill_(0.5)
         additive = estimator.additive and not by_merge
         found = [
             merged([getattr(worker, side) for worker in workers], additive=additive) for side in ("input", "layer")
@@ -287,8 +296,24 @@ def global_state() -> dict[str, Any]:
 
 
 def undisturbed(work: Callable[[], object]) -> None:
-    """Requires that a piece of work leaves the process's global state alone."""
-    before = global_state()
-    work()
-    for part, value in global_state().items():
-        require(value == before[part], f"{part} changed")
+    """Requires that a piece of work leaves the process's global state alone.
+
+    The generators are moved on first, and put back in the end: work that seeds them must not meet its own seed.
+    """
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    python_state, torch_state = random.getstate(), torch.random.get_rng_state()
+    try:
+        random.random()
+        torch.rand(1)
+        if numpy is not None:
+            numpy.random.random()
+        before = global_state()
+        work()
+        for part, value in global_state().items():
+            require(value == before[part], f"{part} changed")
+    finally:
+        random.setstate(python_state)
+        torch.random.set_rng_state(torch_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)

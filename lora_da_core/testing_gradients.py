@@ -74,7 +74,7 @@ def _of(subject: Subject, tokens: Tokens) -> Tensor:
 
 
 def _is_exact(subject: Subject) -> bool:
-    return bool(getattr(subject.make(), "exact", True))
+    return bool(subject.make().exact)
 
 
 def gradient_is_the_mean_over_samples(subject: Subject) -> None:
@@ -236,8 +236,10 @@ def forward_gradient_is_right_on_average(subject: Subject) -> None:
         scatter = float((draws.var(0).sum() / PROBE_RUNS).sqrt())
         allowed = STANDARD_ERRORS * scatter + 1e-3 * float(expected.norm())
         require(error <= allowed, f"the average of {name} is off by {error:.3g}; its scatter explains {allowed:.3g}")
-        likeness = float((draws.mean(0) * expected).sum() / (draws.mean(0).norm() * expected.norm()))
-        require(likeness > 0.8, f"the average of {name} does not point along the gradient: cosine {likeness:.3g}")
+        shares = (draws * expected).sum((1, 2)) / expected.square().sum()
+        share, doubt = float(shares.mean()), STANDARD_ERRORS * float((shares.var() / PROBE_RUNS).sqrt())
+        size = f"the average of {name} is {share:.3g} ± {doubt:.2g} times the gradient along it"
+        require(abs(share - 1) <= doubt + 1e-3 and doubt < 0.7, f"{size}; it must be once, and surely so")
 
 
 def forward_estimates_depend_on_the_generator_alone(subject: Subject) -> None:

@@ -108,6 +108,7 @@ class LayerReport:
         applies: Block products with Ω.
         damping: Damping as used, by factor.
         remedies: What had to be done to factorise or converge, in order; empty where nothing had to.
+        gradient: What the gradient estimator says of its own error; empty where it is exact.
         seconds: Time spent on this layer's solve.
         digest_A: SHA-256 of A's bytes as stored.
         digest_B: SHA-256 of B's bytes as stored.
@@ -127,6 +128,7 @@ class LayerReport:
     applies: int
     damping: Mapping[str, float]
     remedies: tuple[str, ...]
+    gradient: Mapping[str, float]
     seconds: float
     digest_A: str
     digest_B: str

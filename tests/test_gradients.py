@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig
+from lora_da_core.adapter import resolve_targets
+from lora_da_core.capture import CaptureTask
 from lora_da_core.interfaces import Accumulator, GradientEstimator, LossProbe, NoOptions
 from lora_da_core.operators import LinearMap, LowRankMap
+from lora_da_core.probe import LowRankProbe
+from lora_da_core.testing import gradient_checks
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._directions import direction
 from lora_da_gradients.full import Full
@@ -429,3 +433,38 @@ def test_full_is_the_reference_here() -> None:
     estimator = Full(NoOptions())
     found = estimator.gradient(accumulated(estimator, gradient).statistics(), layer(6, 4), samples=4)
     torch.testing.assert_close(found.to_dense(), gradient / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_probe_s_changes_are_at_least_float32(dtype: torch.dtype) -> None:
+    model, batches = make_tiny_llama(dtype, **SMALL), make_batches(make_samples(4, vocab=13))
+    parts = lora_da_core.build_pipeline(gradient="zeroth_order").components
+    found = resolve_targets(model, LoraConfig(r=1, target_modules=["v_proj"]))
+    task = CaptureTask(
+        model, found.modules, found.specs, parts.objective, parts.estimator, parts.gradient, token_mask="labels"
+    )
+    (spec,) = found.specs
+    with LowRankProbe(task, batches) as probe:
+        device, chosen = probe.place(spec.name)
+        change = direction(spec, 1, torch.Generator().manual_seed(0), device=device, dtype=chosen)
+        assert not torch.equal(probe.losses({spec.name: change}), probe.losses({}))
+    assert (device, chosen) == (CPU, torch.promote_types(dtype, torch.float32))
+
+
+KIT = [
+    pytest.param(check, id=f"{component.name}-{'-'.join(map(str, options.values()))}-{name}")
+    for component, options in (
+        (Full, {}),
+        (SketchedGradient, {"size": 1}),
+        (SketchedGradient, {"size": 2, "seed": 3}),
+        (ZerothOrder, {"steps": 4, "probes": 2}),
+        (ZerothOrder, {"steps": 8, "probes": 1, "beta1": 0.8, "difference": "forward", "rank": None}),
+        (ZerothOrder, {"steps": 4, "probes": 2, "layers": "in_turn"}),
+    )
+    for name, check in gradient_checks(component, options=options)
+]
+
+
+@pytest.mark.parametrize("check", KIT)
+def test_the_conformance_kit_finds_no_fault(check: Callable[[], None]) -> None:
+    check()

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig
+from lora_da_core import LoraDAConfig, capture
+from lora_da_core.adapter import resolve_targets
+from lora_da_core.capture import CaptureTask, Statistics
 from lora_da_core.interfaces import NoOptions
 from lora_da_objectives.causal_lm import ENUMERABLE, CausalLM
 from toy_oracle import CASES, PARAMETER_SETS, Case, load
@@ -147,6 +149,21 @@ def test_sampled_labels_converge_to_the_exact_ones_with_the_root_of_their_number
     assert float(errors[-1] / exact.norm()) < 0.1
     empirical = output_moment(model, batches, "empirical", 0, name)
     assert float((empirical - exact).norm()) > 3 * float(errors[-1]), "the data's labels must tell the two apart"
+
+
+def test_labels_are_drawn_with_the_model_s_probabilities() -> None:
+    """Losses tell which label was drawn: with one label per sample a loss is −log p of that label."""
+    logits = torch.tensor([3.0, 1.0, 0.0, -1.0, float("-inf")], dtype=torch.float64)
+    count = 40000
+    model = LinearSoftmax(logits[:, None], torch.ones(1, 1, dtype=torch.float64))
+    batch = {"input_ids": torch.zeros(count, 2, dtype=torch.long), "labels": torch.tensor([[-100, 4]]).repeat(count, 1)}
+    (draw,) = CausalLM(NoOptions()).fisher_losses(model, batch, "sampled", generator=torch.Generator().manual_seed(0))
+    log_p = torch.log_softmax(logits, 0)
+    drawn = (draw().detach()[:, None] + log_p[:4]).abs().argmin(1)
+    expected = count * log_p[:4].exp()
+    found = torch.bincount(drawn, minlength=4)
+    # χ² with three degrees of freedom exceeds 16.3 once in a thousand.
+    assert float(((found - expected).square() / expected).sum()) < 16.3
 
 
 def test_labels_drawn_do_not_depend_on_the_batch_size() -> None:

@@ -38,6 +38,7 @@ def layer(name="model.layers.0.self_attn.q_proj", **changes):
         "applies": 3,
         "damping": {"Z": 3.1e-3, "Y": 1.2e-9},
         "remedies": (),
+        "gradient": {},
         "seconds": 1.25,
         "digest_A": "a" * 64,
         "digest_B": "b" * 64,

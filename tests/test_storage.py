@@ -24,6 +24,7 @@ LAYER = LayerReport(
     applies=1,
     damping={"input": 0.1},
     remedies=("more damping",),
+    gradient={},
     seconds=0.1,
     digest_A="a",
     digest_B="b",

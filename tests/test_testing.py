@@ -51,6 +51,7 @@ OPTION_SETS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"method": "nystrom", "size": 4},
         {"method": "svd", "size": 3},
     ],
+    ("gradient", "sketched"): [{}, {"size": 2}, {"size": 1}],
     ("gradient", "zeroth_order"): [{"steps": 4}, {"steps": 4, "difference": "forward", "rank": None}],
     ("solver", "lanczos"): [{}, {"tolerance": 1e-5}],
 }
@@ -138,11 +139,10 @@ class NegativeSolve(Mapped):
 
 
 class NotPartialTrace(Mapped):
-    """The mean over outputs in place of the sum."""
+    """A quarter of V."""
 
     def inverse_input_trace(self) -> SymmetricOperator:
-        assert isinstance(self.inner, KfacFisher)
-        return Scaled(self.inner.inverse_input_trace(), 1 / len(self.inner.output.multiply(torch.eye(5))[0]))
+        return Scaled(self.inner.inverse_input_trace(), 0.25)
 
 
 class OnlyDiagonalOfVariance(Mapped):
@@ -391,7 +391,7 @@ class AveragingSketch(Sketched):
         (accumulating(NoEmptyBatches), "empty_batches_are_accepted", "raised"),
         (accumulating(OrderMatters), "token_order_does_not_matter", "shuffled"),
         (accumulating(LastBatchOnly), "batches_do_not_matter", "three batches"),
-        (accumulating(NeedsGradientsOfInputs), "solve_is_the_inverse_of_apply", "raised"),
+        (accumulating(NeedsGradientsOfInputs), "solve_is_the_inverse_of_apply", "None"),
         (AveragingSketch, "shards_merge_to_the_whole", "merged"),
     ],
 )
@@ -544,7 +544,7 @@ class Unseeded(MutantSolver):
         generator = torch.Generator()
         generator.seed()
         noise = torch.rand(result.values.shape, generator=generator, dtype=torch.float64).to(result.values)
-        return replace(result, residuals=result.residuals + 1e-16 * noise)
+        return replace(result, residuals=result.residuals + 1e-14 * noise)
 
 
 class SkipsOne(Eigh):
@@ -587,9 +587,6 @@ class NeedsTheMatrix(Eigh):
 )
 def test_a_solver_with_a_mistake_fails(mutant: type[Eigh], check: str, message: str) -> None:
     found = failures(solver_checks(mutant))
-    if check == "same_seed_gives_same_bytes":
-        # Two draws could agree; the kit's answer to such a solver is "sometimes".
-        found = {**failures(solver_checks(mutant)), **found}
     assert message in found[check]
 
 
@@ -701,7 +698,7 @@ def test_a_forward_only_gradient_passes() -> None:
     ("mutant", "check", "message"),
     [
         (Ascends, "forward_gradient_is_right_on_average", "is off by"),
-        (TwiceTooLarge, "forward_gradient_is_right_on_average", "is off by"),
+        (TwiceTooLarge, "forward_gradient_is_right_on_average", "times the gradient"),
         (GlobalDirections, "forward_estimates_depend_on_the_generator_alone", "differs"),
     ],
 )
@@ -750,7 +747,7 @@ def test_wrong_use_of_the_helpers() -> None:
         fisher_from_tensors("kfac", inputs, grads, example[1:])
     with pytest.raises(OptionError, match=r"output_grads have shape \(8, 3\); give \(9, out\)"):
         fisher_from_tensors("kfac", inputs, grads[1:], example)
-    with pytest.raises(OptionError, match="has no option 'ouput'. Did you mean 'output'"):
+    with pytest.raises(OptionError, match=r"has no option 'ouput'\. Did you mean 'output'"):
         fisher_from_tensors("kfac", inputs, grads, example, options={"ouput": "full"})
     with pytest.raises(OptionError, match="output is 'half'"):
         fisher_from_tensors(Kfac, inputs, grads, example, options={"output": "half"})
@@ -770,6 +767,13 @@ def test_check_plugin_reports_what_it_ran() -> None:
     assert len(results) == len(list(solver_checks(Eigh)))
     assert str(results[0]) == "solver declares_itself: ok"
     assert check_plugin("lora-da-core:eigh") == results
+
+
+def test_check_plugin_gives_each_kind_its_own_options() -> None:
+    results = check_plugin("sketched", options={"size": 3, "compensate": False})
+    assert "estimator" in {result.kind for result in results}
+    with pytest.raises(OptionError, match=r"estimator.* 'sketched' has no option 'sise'"):
+        check_plugin("sketched", options={"sise": 3})
 
 
 def test_check_plugin_of_an_unknown_name() -> None:

@@ -205,7 +205,7 @@ def _eigenvectors(total: Tensor, layer: str, label: str) -> Tensor:
     require_finite(total, layer, label)
     matrix = total.double()
     vectors: Tensor = torch.linalg.eigh(0.5 * (matrix + matrix.mT)).eigenvectors
-    return vectors.to(total.dtype)
+    return vectors.to(total.dtype).contiguous()
 
 
 def _orthonormal(statistics: Mapping[str, Tensor]) -> Tensor:

@@ -2,8 +2,7 @@
 
 Tropp, Yurtsever, Udell & Cevher, "Practical Sketching Algorithms for Low-Rank Matrix Approximation" (SIAM J. Matrix
 Anal. Appl. 38(4), 2017), algorithm 4 and theorem 4.3; the error's estimate is from the same authors' "Streaming
-Low-Rank Matrix Approximation with an Application to Scientific Simulation" (SIAM J. Sci. Comput. 41(4), 2019),
-section 6.
+Low-Rank Matrix Approximation with an Application to Scientific Simulation" (SIAM J. Sci. Comput. 41(4), 2019).
 """
 
 from __future__ import annotations
@@ -101,6 +100,10 @@ class SketchedGradient(GradientEstimator[SketchedGradientOptions]):
     name = "sketched"
     api_version = 1
     Options = SketchedGradientOptions
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         return GradientSketch(TestMatrices.of(spec, self.options).to(device, dtype))

@@ -79,9 +79,10 @@ class ZerothOrderOptions:
 class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
     """G ≈ m/(1 − β1ᵀ) after T steps, with g = (1/K) Σ_k (f(W + μU_k) − f(W − μU_k))/2μ · U_k.
 
-    Every layer has a direction U of its own with ‖U‖_F² = d = out·in, drawn anew for each probe. That is the estimator for unit directions with its factor d already in: E[vec(U) vec(U)ᵀ] = I, so g is unbiased up to
-    O(μ²), for a quadratic loss exactly. R-AdaZO divides m by √v to choose a step; that would turn G's directions, so
-    m alone is taken.
+    Every layer has a direction U of its own with ‖U‖_F² = d = out·in, drawn anew for each probe. That is the estimator
+    for unit directions with its factor d already in: E[vec(U) vec(U)ᵀ] = I, so g is unbiased up to O(μ²) with central
+    differences and up to O(μ) with forward ones, and for a quadratic loss exactly with either. R-AdaZO divides m by
+    √v to choose a step; that would turn G's directions, so m alone is taken.
 
     The variance is that of d unknowns seen through one number per probe: of one probe E‖g − G‖² = (d − 1)·‖G‖² plus
     d times the squared gradients of the layers changed with it. So the subspace of a layer shows after a multiple of
@@ -93,6 +94,10 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
     name = "zeroth_order"
     api_version = 1
     Options = ZerothOrderOptions
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     @property
     def forward_only(self) -> bool:

@@ -13,12 +13,19 @@ DENSE_SIZE = {"cpu": 512, "cuda": 3072}
 DENSE_RANKS = 24
 """Orders up to this many times the rank are solved densely too."""
 
+DENSE = ("eigh",)
+LARGE = ("lanczos", "davidson", "eigh")
+"""Preferences, best first."""
+
 
 @hookimpl(trylast=True)
 def lora_da_choose_solver(
     size: int, rank: int, device_type: str, available: Mapping[str, type[Solver[Any]]]
 ) -> str | None:
-    """Dense `eigh` for small orders, `lanczos` above; None where the choice is not available.
+    """Dense `eigh` for small orders; above, the first available of `lanczos`, `davidson` and `eigh`.
+
+    A solver that did not converge is no longer available, so a top-heavy Ω, on which Lanczos gives up, goes to
+    Davidson, which has V's preconditioner, and at last to the dense solver.
 
     Dense up to order 512 on a CPU and 3072 on a CUDA device, and up to 24 times the rank. Measured in float64 on
     −ΔΔᵀ + cV of K-FAC with decaying spectra, milliseconds for `eigh` and `lanczos`. One CPU core, rank 8: order
@@ -34,5 +41,5 @@ def lora_da_choose_solver(
         available: Solvers by name.
     """
     dense_size = DENSE_SIZE.get(device_type, DENSE_SIZE["cpu"])
-    choice = "eigh" if size <= max(dense_size, DENSE_RANKS * rank) else "lanczos"
-    return choice if choice in available else None
+    small = size <= max(dense_size, DENSE_RANKS * rank)
+    return next((name for name in (DENSE if small else LARGE) if name in available), None)

@@ -43,7 +43,7 @@ class LanczosOptions:
 
     block_size: int | None = None
     tolerance: float = 1e-8
-    max_applies: int = 500
+    max_applies: int = 200
 
     def __post_init__(self) -> None:
         if self.block_size is not None and self.block_size < 1:

@@ -1,0 +1,133 @@
+"""PEFT's own initialisations, as its documentation has them called: what a grid compares LoRA-DA to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from peft import (
+    EvaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
+from torch import Tensor, nn
+
+from lora_da_core.batches import to_device
+from lora_da_core.errors import AdapterError, OptionError
+from lora_da_core.types import Batch
+
+PASSES: Final[Mapping[str, int]] = {"default": 0, "eva": 1, "lora_ga": 1, "pissa": 0, "olora": 0, "corda": 1}
+"""How often each reads the data."""
+
+
+def initialise(
+    name: str, model: nn.Module, names: Sequence[str], batches: Sequence[Batch], settings: Mapping[str, Any]
+) -> PeftModel:
+    """Wraps a model with one of PEFT's initialisations, at PEFT's own settings.
+
+    EVA keeps every layer at the same rank (`rho=1`), so that all cells train equally many parameters.
+
+    Args:
+        name: One of `PASSES`.
+        model: A model that may be changed: some of these move part of a weight into the adapter.
+        names: The layers' full names.
+        batches: What the data-driven ones read.
+        settings: `r`, `lora_alpha` and `use_rslora`.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        OptionError: The installed PEFT does not offer it.
+        AdapterError: A layer came out with another rank.
+    """
+    makers: dict[str, Callable[[nn.Module, Sequence[Batch], dict[str, Any]], PeftModel]] = {
+        "default": _plain(True),
+        "pissa": _plain("pissa"),
+        "olora": _plain("olora"),
+        "eva": _eva,
+        "lora_ga": _lora_ga,
+        "corda": _corda,
+    }
+    common = {**settings, "target_modules": list(names), "task_type": "CAUSAL_LM"}
+    with warnings.catch_warnings():
+        # They announce that the base changes, which is why it is a copy.
+        warnings.simplefilter("ignore", UserWarning)
+        wrapped = makers[name](model, batches, common)
+    for layer, a in lora_a(wrapped).items():
+        if a.shape[0] != settings["r"]:
+            raise AdapterError(f"PEFT's {name} gave layer {layer} rank {a.shape[0]} instead of {settings['r']}.")
+    return wrapped
+
+
+def lora_a(model: PeftModel) -> dict[str, Tensor]:
+    """A (r, in) of every adapted layer, by its name in the base model."""
+    ending = ".lora_A.default.weight"
+    return {
+        name.removesuffix(ending).removeprefix("base_model.model."): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.endswith(ending)
+    }
+
+
+def _plain(kind: Any) -> Callable[[nn.Module, Sequence[Batch], dict[str, Any]], PeftModel]:
+    def make(model: nn.Module, batches: Sequence[Batch], common: dict[str, Any]) -> PeftModel:
+        return get_peft_model(model, LoraConfig(init_lora_weights=kind, **common))
+
+    return make
+
+
+def _eva(model: nn.Module, batches: Sequence[Batch], common: dict[str, Any]) -> PeftModel:
+    config = LoraConfig(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), **common)
+    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True)
+    device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    placed = [to_device(batch, device) for batch in batches]
+    initialize_lora_eva_weights(wrapped, placed, show_progress_bar=False)
+    return wrapped
+
+
+def _lora_ga(model: nn.Module, batches: Sequence[Batch], common: dict[str, Any]) -> PeftModel:
+    try:
+        from peft import LoraGAConfig
+        from peft.tuners.lora import preprocess_loraga
+    except ImportError as error:
+        raise OptionError("the installed PEFT has no LoRA-GA; update peft, or leave 'lora_ga' out.") from error
+    config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **common)
+    device = next(model.parameters()).device
+
+    def train_step() -> None:
+        for batch in batches:
+            model(**to_device(batch, device)).loss.backward()
+
+    preprocess_loraga(model, config, train_step)
+    return get_peft_model(model, config)
+
+
+def _corda(model: nn.Module, batches: Sequence[Batch], common: dict[str, Any]) -> PeftModel:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    config = LoraConfig(init_lora_weights="corda", corda_config=CordaConfig(), **common)
+    device = next(model.parameters()).device
+
+    def run_model() -> None:
+        with torch.no_grad():
+            for sample in _one_by_one(batches):
+                model(**to_device(sample, device))
+
+    preprocess_corda(model, config, run_model)
+    return get_peft_model(model, config)
+
+
+def _one_by_one(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+    """Single samples without padding: CorDA's covariance takes every token, and one sample at a time."""
+    found = []
+    for batch in batches:
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            length = int(mask.sum())
+            found.append({key: batch[key][row : row + 1, :length] for key in ("input_ids", "attention_mask")})
+    return found

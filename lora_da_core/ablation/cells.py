@@ -1,0 +1,275 @@
+"""Runs the cells of a group: one estimation, then solve, compare and fine-tune cell by cell."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_da_core.ablation.fidelity import Reference, reference_name, reference_pipeline
+from lora_da_core.ablation.finetune import Curve, finetune, seeded
+from lora_da_core.ablation.grid import Cell, Group, pipeline_of
+from lora_da_core.ablation.memory import PeakMemory
+from lora_da_core.ablation.results import DONE, FAILED, Record
+from lora_da_core.ablation.workspace import Workspace
+from lora_da_core.estimation import Estimates
+from lora_da_core.pipeline import Components
+
+RESULT_FIELDS: Mapping[str, Any] = {
+    "error": None,
+    "seconds": None,
+    "phases": {},
+    "reused": False,
+    "spent": 0.0,
+    "peak_bytes": None,
+    "memory": {},
+    "passes": None,
+    "reference": None,
+    "reference_error": None,
+    "angle": None,
+    "angle_max": None,
+    "worst_layer": None,
+    "objective_gap": None,
+    "objective_gap_max": None,
+    "applies": None,
+    "not_converged": None,
+    "remedied": None,
+    "base_loss": None,
+    "digest": None,
+    "curves": [],
+    "notes": [],
+}
+"""What every record has beside its settings; null where a cell did not get there."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A group's estimation: what it cost, and whether an earlier cell has paid for it."""
+
+    estimates: Estimates
+    memory: PeakMemory
+    reused: bool
+
+
+class GroupRun:
+    """Runs groups one after the other; it keeps the reference of the last data draw.
+
+    Args:
+        workspace: The model and the data.
+    """
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._reference: tuple[Any, Reference | None, str | None] = (None, None, None)
+
+    def records(self, group: Group) -> Iterator[Record]:
+        """The cells of a group, each finished before the next begins; a failure is a record like any other.
+
+        Args:
+            group: The cells.
+
+        Yields:
+            One record per cell.
+        """
+        cells = [self._with_population(cell) for cell in group.cells]
+        if cells[0].baseline is not None:
+            for cell in cells:
+                yield self._record(cell, group, lambda cell=cell: self._baseline(cell))  # type: ignore[misc]
+            return
+        start = time.perf_counter()
+        try:
+            estimates, memory = self._estimated(cells)
+        except Exception as error:
+            for cell in cells:
+                yield failed_record(cell, group, error, time.perf_counter() - start)
+                start = time.perf_counter()
+            return
+        waited = time.perf_counter() - start
+        for number, cell in enumerate(cells):
+            shared = Shared(estimates, memory, reused=number > 0)
+            record = self._record(cell, group, lambda cell=cell, shared=shared: self._solved(cell, shared))  # type: ignore[misc]
+            if number == 0:
+                record["spent"] += waited
+            yield record
+
+    def _with_population(self, cell: Cell) -> Cell:
+        if cell.config.population is not None:
+            return cell
+        return replace(cell, config=replace(cell.config, population=self.workspace.population))
+
+    def _record(self, cell: Cell, group: Group, work: Callable[[], dict[str, Any]]) -> Record:
+        start = time.perf_counter()
+        try:
+            found = work()
+        except Exception as error:
+            return failed_record(cell, group, error, time.perf_counter() - start)
+        return {**_head(cell, group, DONE), **found, "spent": time.perf_counter() - start}
+
+    def _estimated(self, cells: list[Cell]) -> tuple[Estimates, PeakMemory]:
+        cell, space = cells[0], self.workspace
+        draw = space.draw(cell.samples, cell.seed)
+        # The smallest rank: too few tokens for a larger one is that cell's failure alone.
+        lora = space.lora(min(each.rank for each in cells))
+        pipeline = pipeline_of(space.registry, cell)
+        with PeakMemory(space.device) as memory:
+            estimates = pipeline.estimate(space.model, draw.batches, lora)
+        return estimates, memory
+
+    def _solved(self, cell: Cell, shared: Shared) -> dict[str, Any]:
+        from lora_da_core import adapter
+
+        space, lora = self.workspace, self.workspace.lora(cell.rank)
+        pipeline = pipeline_of(space.registry, cell)
+        with PeakMemory(space.device) as memory:
+            result = pipeline.solve(shared.estimates, lora)
+        layers, phases = result.report.layers, dict(result.report.seconds)
+        digests = "".join(layer.digest_A + layer.digest_B for layer in layers)
+        found = {
+            "seconds": sum(phases.values()),
+            "phases": phases,
+            "reused": shared.reused,
+            "peak_bytes": max(shared.memory.peak, shared.memory.kept + memory.peak),
+            "memory": {
+                "estimate": shared.memory.peak,
+                "statistics": shared.memory.kept,
+                "solve": memory.peak,
+            },
+            "passes": pipeline.components.estimator.passes,
+            "applies": sum(layer.applies for layer in layers),
+            "not_converged": sum(not layer.converged for layer in layers),
+            "remedied": sum(bool(layer.remedies) for layer in layers),
+            "base_loss": result.report.loss,
+            "digest": hashlib.sha256(digests.encode()).hexdigest(),
+            "notes": [*space.draw(cell.samples, cell.seed).notes, *result.report.notes],
+        }
+        found |= self._fidelity(cell, {name: pair.A for name, pair in result.factors.items()}, shared.estimates)
+        if space.run.finetune is None:
+            return found
+        wrapped = adapter.apply(space.model, lora, result.factors)
+        try:
+            return found | self._finetuned(cell, wrapped)
+        finally:
+            wrapped.unload()
+
+    def _baseline(self, cell: Cell) -> dict[str, Any]:
+        from lora_da_core import adapter
+        from lora_da_core.ablation import baselines
+
+        assert cell.baseline is not None
+        space = self.workspace
+        draw, lora = space.draw(cell.samples, cell.seed), space.lora(cell.rank)
+        names = [spec.name for spec in adapter.resolve_targets(space.model, lora).specs]
+        fresh = copy.deepcopy(space.model)
+        settings = {"r": cell.rank, "lora_alpha": space.run.lora_alpha, "use_rslora": space.run.use_rslora}
+        with seeded(cell.seed, space.device), PeakMemory(space.device) as memory:
+            start = time.perf_counter()
+            wrapped = baselines.initialise(cell.baseline, fresh, names, draw.batches, settings)
+            seconds = time.perf_counter() - start
+        found = {
+            "seconds": seconds,
+            "phases": {"initialise": seconds},
+            "peak_bytes": memory.peak,
+            "passes": baselines.PASSES[cell.baseline],
+            "notes": list(draw.notes),
+        }
+        found |= self._fidelity(cell, baselines.lora_a(wrapped), None)
+        return found if space.run.finetune is None else found | self._finetuned(cell, wrapped)
+
+    def _fidelity(self, cell: Cell, factors: Mapping[str, Tensor], estimates: Estimates | None) -> dict[str, Any]:
+        if self.workspace.run.reference == "none":
+            return {}
+        start = time.perf_counter()
+        reference, error = self._reference_of(cell, estimates)
+        if reference is None:
+            return {"reference_error": error}
+        try:
+            found = reference.fidelity(factors, cell.config)
+        except Exception as fault:  # the cell itself is done; what its reference could not do must not lose it
+            return {"reference_error": f"{type(fault).__name__}: {fault}"}
+        return {**asdict(found), "fidelity_seconds": time.perf_counter() - start}
+
+    def _reference_of(self, cell: Cell, estimates: Estimates | None) -> tuple[Reference | None, str | None]:
+        key = (cell.samples, cell.seed, cell.config.token_mask)
+        if self._reference[0] != key:
+            self._reference = (None, None, None)
+            try:
+                self._reference = (key, self._made_reference(cell, estimates), None)
+            except Exception as error:
+                self._reference = (key, None, f"{type(error).__name__}: {error}")
+        return self._reference[1:]
+
+    def _made_reference(self, cell: Cell, estimates: Estimates | None) -> Reference:
+        from lora_da_core import adapter
+
+        space = self.workspace
+        draw, lora = space.draw(cell.samples, cell.seed), space.lora(1)
+        specs = adapter.resolve_targets(space.model, lora).specs
+        name = reference_name(
+            space.registry,
+            space.run.reference,
+            specs,
+            samples=draw.samples,
+            tokens=draw.tokens,
+            device=space.device,
+        )
+        pipeline = reference_pipeline(space.registry, name, cell.config)
+        if estimates is not None and _same_estimators(estimates, pipeline.components):
+            return Reference(name, pipeline, estimates)
+        return Reference(name, pipeline, pipeline.estimate(space.model, draw.batches, lora))
+
+    def _finetuned(self, cell: Cell, model: nn.Module) -> dict[str, Any]:
+        settings = self.workspace.run.finetune
+        assert settings is not None
+        data = self.workspace.training(cell.seed)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        start = [parameter.detach().clone() for parameter in trained]
+        curves: list[Curve] = []
+        for rate in settings.learning_rates:
+            for parameter, value in zip(trained, start, strict=True):
+                parameter.data.copy_(value)
+            curves.append(finetune(model, data, settings, rate))
+        return {"curves": [asdict(curve) for curve in curves]}
+
+
+def failed_record(cell: Cell, group: Group, error: Exception | str, spent: float = 0.0) -> Record:
+    """The record of a cell that failed.
+
+    Args:
+        cell: The cell.
+        group: Its group.
+        error: What happened.
+        spent: Seconds until then.
+
+    Returns:
+        The record.
+    """
+    record = {**_head(cell, group, FAILED), "error": error, "spent": spent}
+    if isinstance(error, Exception):
+        record["error"] = " ".join(f"{type(error).__name__}: {error}".split())
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        record["notes"] = [f"raised in {where.name} ({Path(where.filename).name}, line {where.lineno})"]
+    return record
+
+
+def _head(cell: Cell, group: Group, status: str) -> Record:
+    return {
+        "cell": cell.id,
+        "status": status,
+        "preset": None if cell.baseline else cell.preset,
+        "group": hashlib.sha256(group.key.encode()).hexdigest()[:8],
+        **cell.settings(),
+        **copy.deepcopy(dict(RESULT_FIELDS)),
+    }
+
+
+def _same_estimators(estimates: Estimates, parts: Components) -> bool:
+    made = estimates.task
+    pairs = ((made.estimator, parts.estimator), (made.gradient, parts.gradient))
+    return all((a.name, a.options) == (b.name, b.options) for a, b in pairs)

@@ -1,0 +1,75 @@
+"""`lora-da ablate`: its options and what it prints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_da_core.ablation.results import Record
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    """Everything `lora-da ablate` is told."""
+
+    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="The grid: what is run and what is varied.")]
+    output: Annotated[Path, typer.Option(help="Directory of the results; a run that was cut off there goes on.")]
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say how many cells there are, and how long they would take.")
+    ] = False
+    jobs: Annotated[int, typer.Option(help="Groups of cells that run at once, in processes of their own.")] = 1
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells that failed once more.")] = False
+    model: Annotated[str | None, typer.Option(help="The base model.", show_default="the grid's")] = None
+    data: Annotated[str | None, typer.Option(help="The data set.", show_default="the grid's")] = None
+    device: Annotated[str | None, typer.Option(help="Where to run.", show_default="the grid's")] = None
+
+
+def ablate(options: AblateOptions) -> None:
+    """Run a grid of approximations: cost, fidelity and fine-tunes of each, with a report."""
+    from lora_da_core.ablation.grid import read_grid
+    from lora_da_core.ablation.report import HTML
+    from lora_da_core.ablation.results import FAILED
+    from lora_da_core.ablation.runner import plan, run_grid
+
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data", "device")}
+    grid = read_grid(options.grid, **{name: value for name, value in given.items() if value is not None})
+    if options.dry_run:
+        found = plan(grid, options.output, jobs=options.jobs, retry_failed=options.retry_failed)
+        typer.echo(f"cells: {found.cells}, {found.finished} of them finished")
+        typer.echo(f"groups to estimate: {found.groups}")
+        typer.echo(f"estimated time: {'unknown' if found.seconds is None else f'{found.seconds:.0f} s'}")
+        return
+    with _notes_in_records():
+        records = run_grid(grid, options.output, jobs=options.jobs, retry_failed=options.retry_failed, on_record=_tell)
+    failed = sum(record["status"] == FAILED for record in records)
+    typer.echo(f"{len(records)} cells, {failed} failed; report: {options.output / HTML}")
+    if failed == len(records):
+        raise typer.Exit(1)
+
+
+def _tell(record: Record, done: int, total: int) -> None:
+    name = record["baseline"] or f"{record['estimator']} {record['solver']}"
+    angle = "" if record["angle"] is None else f", angle {record['angle']:.3g}"
+    outcome = record["error"] if record["error"] else f"{record['seconds']:.2f} s{angle}"
+    typer.echo(f"{done}/{total} {name} r={record['rank']} seed={record['seed']}: {outcome}", err=True)
+
+
+@contextlib.contextmanager
+def _notes_in_records() -> Iterator[None]:
+    """Keeps warnings of single runs off the terminal: every record holds its own as `notes`."""
+    logger = logging.getLogger("lora_da_core")
+    handler, propagate = logging.NullHandler(), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,0 +1,165 @@
+"""A short fine-tune of an adapter: AdamW, warm-up and cosine, held-out loss at given steps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_da_core.ablation.grid import FinetuneSettings
+from lora_da_core.batches import to_device
+from lora_da_core.data import IGNORED, Sample, batches
+from lora_da_core.types import Batch
+
+WARM_UP: Final = 0.03
+"""Share of the steps in which the rate rises."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One fine-tune.
+
+    Attributes:
+        learning_rate: The peak rate.
+        steps: Steps at which the held-out loss was taken.
+        losses: Held-out loss there, in nats per label token; NaN once training has diverged.
+        train_losses: Training loss of the step that follows (at the last: of the last step).
+        seconds: Wall time, evaluation included.
+    """
+
+    learning_rate: float
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    train_losses: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a fine-tune reads: encoded training samples in the seed's order, and held-out batches."""
+
+    samples: Sequence[Sample]
+    held_out: Sequence[Batch]
+    pad_token_id: int
+    seed: int
+
+    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        """One batch per step: the samples in their order, reshuffled by the seed for every further round.
+
+        Args:
+            steps: How many batches.
+            batch_size: Samples in each; a round's end may fall within one.
+
+        Yields:
+            The batches; the same for the same seed, whatever is trained.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: list[Sample] = []
+        order = list(range(len(self.samples)))
+        for _ in range(steps):
+            while len(waiting) < batch_size:
+                waiting.extend(self.samples[index] for index in order)
+                order = torch.randperm(len(order), generator=generator).tolist()
+            chosen, waiting = waiting[:batch_size], waiting[batch_size:]
+            yield batches(chosen, pad_token_id=self.pad_token_id, batch_size=batch_size)[0]
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """The rate of a step (from 0) relative to the peak: linear warm-up over 3 %, then a cosine to 0.
+
+    >>> [round(rate_factor(step, 100), 2) for step in (0, 1, 2, 3, 51, 99)]
+    [0.33, 0.67, 1.0, 1.0, 0.51, 0.0]
+    """
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def finetune(model: nn.Module, data: TrainingData, settings: FinetuneSettings, learning_rate: float) -> Curve:
+    """Trains what is trainable; the caller puts the adapter back.
+
+    Args:
+        model: A PeftModel.
+        data: What it reads.
+        settings: Steps, batch size and evaluations.
+        learning_rate: The peak rate.
+
+    Returns:
+        The held-out losses.
+    """
+    start = time.perf_counter()
+    device = next(model.parameters()).device
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
+    wanted, losses, train_losses, loss = set(settings.eval_steps), [], [], math.nan
+    if 0 in wanted:
+        losses.append(held_out_loss(model, data.held_out))
+    with seeded(data.seed, device):
+        for step, batch in enumerate(data.batches(settings.steps, settings.batch_size)):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * rate_factor(step, settings.steps)
+            loss = _step(model, to_device(batch, device), optimizer, settings.max_grad_norm)
+            if step in wanted:
+                train_losses.append(loss)
+            if step + 1 in wanted:
+                losses.append(held_out_loss(model, data.held_out))
+    if settings.steps in wanted:
+        train_losses.append(loss)
+    model.eval()
+    return Curve(learning_rate, settings.eval_steps, tuple(losses), tuple(train_losses), time.perf_counter() - start)
+
+
+def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
+    """Mean loss over all label tokens, in nats.
+
+    Args:
+        model: A causal language model; it is left in evaluation mode.
+        held_out: The batches.
+
+    Returns:
+        The loss.
+    """
+    device, total, count = next(model.parameters()).device, 0.0, 0
+    model.eval()
+    with torch.no_grad():
+        for batch in held_out:
+            placed = to_device(batch, device)
+            labels = placed["labels"][:, 1:]
+            logits: Tensor = model(input_ids=placed["input_ids"], attention_mask=placed["attention_mask"]).logits
+            total += float(
+                nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+            )
+            count += int((labels != IGNORED).sum())
+    return total / count
+
+
+def _step(model: nn.Module, batch: dict[str, Any], optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    model.train()
+    loss: Tensor = model(**batch).loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    optimizer.step()
+    return float(loss.detach())
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the global generators, which PEFT and dropout draw from, and puts them back.
+
+    Args:
+        seed: The seed.
+        device: Where the model runs.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,494 @@
+"""The grid file: what is run, what is varied, and the cells that follow."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import itertools
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+from lora_da_core.config import LoraDAConfig, Preset
+from lora_da_core.errors import OptionError
+from lora_da_core.pipeline import DEFAULT_PRESET, Components, Pipeline
+from lora_da_core.registry import Registry
+
+Choice = tuple[str, dict[str, Any]]
+"""A component's name and all its options, the default ones included."""
+
+BASELINES: Final = ("default", "eva", "lora_ga", "pissa", "olora", "corda")
+"""PEFT's own initialisations that a grid may name."""
+
+NEEDED_MODULES: Final = {"corda": ("attr", "attrs")}
+"""What PEFT imports for a baseline without requiring it: the module and the package that has it."""
+
+COMPONENTS: Final = ("estimator", "gradient", "solver")
+CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry.name not in ("seed", "samples"))
+AXES: Final = (*COMPONENTS, "preset", "baseline", "rank", "samples", *CONFIG_AXES)
+"""Everything a grid may list."""
+
+_OBJECTIVE: Final = "causal_lm"
+_ID_LENGTH: Final = 16
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """A short fine-tune after each initialisation.
+
+    Attributes:
+        steps: Optimiser steps.
+        learning_rates: Peak rates; each is a run of its own from the same start.
+        eval_steps: Steps at which the held-out loss is taken, 0 (before training) to `steps`.
+        batch_size: Samples per step.
+        held_out: Rows kept out of the initialisation and the training, the same ones for every seed.
+        weight_decay: AdamW's.
+        max_grad_norm: Norm that gradients are cut to.
+    """
+
+    steps: int
+    learning_rates: tuple[float, ...]
+    eval_steps: tuple[int, ...]
+    batch_size: int = 8
+    held_out: int = 64
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "held_out"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("weight_decay", "max_grad_norm"):
+            _number(name, getattr(self, name))
+        if not self.learning_rates or not self.eval_steps:
+            raise OptionError("learning_rates and eval_steps must each list at least one value.")
+        for rate in self.learning_rates:
+            if _number("learning_rates", rate) == 0:
+                raise OptionError("learning_rates holds 0; rates must be above 0.")
+        for step in self.eval_steps:
+            if _whole("eval_steps", step, 0) > self.steps:
+                raise OptionError(f"eval_steps holds {step}, beyond the {self.steps} steps.")
+        if list(self.eval_steps) != sorted(set(self.eval_steps)):
+            raise OptionError(f"eval_steps is {list(self.eval_steps)}; list each step once, ascending.")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all cells of a grid have in common; the names mean what they mean to `lora-da init`.
+
+    Attributes:
+        model: Hub id, directory or .gguf file.
+        data: Data file, directory or hub id.
+        split: Split of the data set.
+        samples: Samples an initialisation reads, unless the grid lists others.
+        seeds: Every cell is run once per seed: of the draw of samples, of random numbers and of the batches' order.
+        device: Where to run.
+        dtype: Precision to load the model in.
+        target_modules: Layers to adapt.
+        exclude_modules: Layers to leave out.
+        max_length: Tokens kept of a sample.
+        prompt_template: How a row is written.
+        batch_size: Samples per batch of the initialisation; None fills 2048 tokens.
+        lora_alpha: LoRA's α.
+        use_rslora: Scale by α/√r.
+        reference: Fisher estimator that fidelity is measured against; `auto` takes the most exact one whose
+            statistics fit into memory, `none` measures no fidelity.
+        compare_to: What the report compares everything to: a baseline, or an estimator; None takes the first baseline.
+        trust_remote_code: Whether code that comes with the model may run.
+        finetune: A fine-tune after each initialisation, or None.
+    """
+
+    model: str
+    data: str
+    split: str = "train"
+    samples: int = 256
+    seeds: tuple[int, ...] = (0,)
+    device: str = "auto"
+    dtype: str = "auto"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    max_length: int | None = None
+    prompt_template: str | None = None
+    batch_size: int | None = None
+    lora_alpha: float = 16.0
+    use_rslora: bool = False
+    reference: str = "auto"
+    compare_to: str | None = None
+    trust_remote_code: bool = False
+    finetune: FinetuneSettings | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "split", "device", "dtype", "reference"):
+            _text(name, getattr(self, name))
+        for name in ("prompt_template", "compare_to"):
+            if getattr(self, name) is not None:
+                _text(name, getattr(self, name))
+        for name, least in (("samples", 1), ("max_length", 2), ("batch_size", 1)):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least)
+        if not self.seeds:
+            raise OptionError("seeds must list at least one seed.")
+        for seed in self.seeds:
+            _whole("seeds", seed, 0)
+        for name in ("use_rslora", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}; write true or false.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            for part in (value,) if isinstance(value, str) or value is None else value:
+                if part is not None:
+                    _text(name, part)
+        if _number("lora_alpha", self.lora_alpha) == 0:
+            raise OptionError("lora_alpha is 0; it must be above 0.")
+
+    def identity(self) -> dict[str, Any]:
+        """What a cell's result depends on; the rest only says which cells there are and how they are shown."""
+        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "samples", "compare_to")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One initialisation (and its fine-tunes): one line of the results.
+
+    Attributes:
+        rank: LoRA's r.
+        seed: The seed.
+        samples: Samples that are read.
+        config: Settings of Ω; a baseline's are only those that its fidelity is measured by.
+        estimator: Fisher estimator; None for a baseline.
+        gradient: Gradient estimator; None for a baseline.
+        solver: Solver, `("auto", {})` chooses per layer; None for a baseline.
+        baseline: One of `BASELINES`, or None.
+        preset: What filled the rest; it is not part of the identity.
+        id: Hash of everything the result depends on.
+    """
+
+    rank: int
+    seed: int
+    samples: int
+    config: LoraDAConfig
+    estimator: Choice | None = None
+    gradient: Choice | None = None
+    solver: Choice | None = None
+    baseline: str | None = None
+    preset: str = DEFAULT_PRESET
+    id: str = field(default="", compare=False)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as flat JSON values, the same keys for every cell."""
+        config = {name: getattr(self.config, name) for name in CONFIG_AXES}
+        if self.baseline is not None:
+            config = dict.fromkeys(config)
+        parts: dict[str, Any] = {}
+        for kind in COMPONENTS:
+            choice: Choice | None = getattr(self, kind)
+            parts[kind] = None if choice is None else choice[0]
+            parts[f"{kind}_options"] = None if choice is None else choice[1]
+        return {
+            "baseline": self.baseline,
+            **parts,
+            "rank": self.rank,
+            "samples": self.samples,
+            "seed": self.seed,
+            **config,
+        }
+
+    def group_key(self) -> str:
+        """Cells with equal keys share their statistics."""
+        data = [self.seed, self.samples, self.config.token_mask]
+        return _canonical([*data, "baselines"] if self.baseline else [*data, self.estimator, self.gradient])
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells that share their statistics; an estimation serves them all."""
+
+    key: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A checked grid.
+
+    Attributes:
+        run: What the cells have in common.
+        cells: Every cell once, in the order of the file.
+    """
+
+    run: RunSettings
+    cells: tuple[Cell, ...]
+
+    def groups(self, without: Iterable[str] = ()) -> tuple[Group, ...]:
+        """The cells in groups, those that share a data draw following each other.
+
+        Args:
+            without: Ids of cells to leave out.
+        """
+        done = set(without)
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            if cell.id not in done:
+                found.setdefault(cell.group_key(), []).append(cell)
+        # Cells of one Ω follow each other, so that its reference is made once.
+        return tuple(
+            Group(key, tuple(sorted(cells, key=lambda cell: (omega_key(cell.config), cell.rank))))
+            for key, cells in sorted(found.items(), key=lambda item: _data_key(item[1][0]))
+        )
+
+
+def omega_key(config: LoraDAConfig) -> str:
+    """What the reference's Ω depends on beside the data."""
+    names = ("alpha", "beta", "population", "damping", "damping_kind", "fisher_scale")
+    return _canonical([getattr(config, name) for name in names])
+
+
+def read_grid(path: Path | str, *, registry: Registry | None = None, **changes: Any) -> Grid:
+    """Reads and checks a grid file; no model and no data set is touched.
+
+    Args:
+        path: A TOML file with `[run]` and `[grid]` (or several `[[grid]]`, whose cells are joined).
+        registry: The installed plugins.
+        **changes: Fields of `RunSettings` that win over the file's.
+
+    Returns:
+        The grid.
+
+    Raises:
+        OptionError: The file cannot be read, or holds an unknown name or a value out of range.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"grid {path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise OptionError(f"grid {path} is not valid TOML: {error}") from error
+    content["run"] = {**content.get("run", {}), **changes} if isinstance(content.get("run", {}), dict) else None
+    return make_grid(content, registry=registry, where=str(path))
+
+
+def make_grid(content: Mapping[str, Any], *, registry: Registry | None = None, where: str = "grid") -> Grid:
+    """Checks a grid that is given as mappings, as the TOML file holds them.
+
+    Args:
+        content: `run` and `grid`.
+        registry: The installed plugins.
+        where: What error messages call it.
+
+    Returns:
+        The grid.
+
+    Raises:
+        OptionError: As `read_grid`.
+    """
+    _known(where, content, ("run", "grid"))
+    tables = content.get("grid")
+    tables = [tables] if isinstance(tables, Mapping) else tables
+    if not isinstance(content.get("run"), Mapping) or not isinstance(tables, list) or not tables:
+        raise OptionError(f"{where}: a grid needs a [run] and a [grid] table (or several [[grid]]).")
+    run = _run_settings(f"{where} [run]", content["run"])
+    plugins = registry or Registry()
+    _check_reference(f"{where} [run]", plugins, run.reference)
+    cells: dict[str, Cell] = {}
+    for table in tables:
+        for cell in _Expansion(f"{where} [grid]", run, plugins, table).cells():
+            named = replace(cell, id=_identity(run, cell))
+            cells.setdefault(named.id, named)
+    return Grid(run, tuple(cells.values()))
+
+
+def pipeline_of(registry: Registry, cell: Cell) -> Pipeline:
+    """The pipeline of a LoRA-DA cell.
+
+    Args:
+        registry: The installed plugins.
+        cell: A cell that is no baseline.
+
+    Returns:
+        The pipeline.
+    """
+    assert cell.estimator is not None and cell.gradient is not None and cell.solver is not None
+    parts = Components(
+        estimator=registry.create("estimator", cell.estimator),
+        gradient=registry.create("gradient", cell.gradient),
+        objective=registry.create("objective", _OBJECTIVE),
+        solver=None if cell.solver[0] == "auto" else registry.create("solver", cell.solver),
+    )
+    return Pipeline(registry, parts, cell.config)
+
+
+class _Expansion:
+    """One `[grid]` table to cells."""
+
+    def __init__(self, where: str, run: RunSettings, registry: Registry, table: Any) -> None:
+        self.where, self.run, self.registry = where, run, registry
+        if not isinstance(table, Mapping):
+            raise OptionError(f"{where} is {table!r}; it must be a table of lists.")
+        _known(where, table, AXES)
+        self.axes = {name: _listed(where, name, values) for name, values in table.items()}
+        self._choices: dict[str, Choice] = {}
+        self._checked: set[str] = set()
+
+    def cells(self) -> Iterator[Cell]:
+        ranks, baselines = self.axes.get("rank", [8]), self.axes.get("baseline", [])
+        for rank in ranks:
+            self._try(lambda rank=rank: _whole("rank", rank, 1))
+        for name in baselines:
+            if name not in BASELINES:
+                raise OptionError(f"{self.where}: unknown baseline {name!r}.{_hint(str(name), BASELINES)}")
+            module, package = NEEDED_MODULES.get(name, ("", ""))
+            if module and importlib.util.find_spec(module) is None:
+                raise OptionError(f"{self.where}: PEFT's {name!r} needs the package {package}: pip install {package}.")
+        if not (baselines and set(self.axes) <= {"baseline", "rank"}):
+            yield from self._lora_da(ranks)
+        standard = self.registry.resolve("preset", DEFAULT_PRESET).config
+        for name, rank, seed in itertools.product(baselines, ranks, self.run.seeds):
+            yield Cell(rank, seed, self.run.samples, replace(standard, seed=seed), baseline=name)
+
+    def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
+        axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
+        if "gamma" in axes and "fixed" not in axes.setdefault("scale", ["fixed"]):
+            raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed'.")
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            for seed, rank in itertools.product(self.run.seeds, ranks):
+                yield self._cell(chosen, rank, seed)
+
+    def _cell(self, chosen: Mapping[str, Any], rank: int, seed: int) -> Cell:
+        name = chosen.get("preset", DEFAULT_PRESET)
+        preset: Preset = self._try(lambda: self.registry.resolve("preset", name))
+        given = {name: value for name, value in chosen.items() if name in CONFIG_AXES}
+        config = self._try(lambda: replace(preset.config, **{**_scaling(given), "seed": seed, "samples": None}))
+        gamma = None if config.automatic_scale else config.fixed_gamma
+        config = replace(config, gamma=gamma, scale="auto" if gamma is None else "fixed")
+        samples = chosen.get("samples", self.run.samples)
+        self._try(lambda: _whole("samples", samples, 1))
+        parts = {kind: self._choice(kind, chosen.get(kind, getattr(preset, kind))) for kind in COMPONENTS}
+        cell = Cell(rank, seed, samples, config, parts["estimator"], parts["gradient"], parts["solver"], preset=name)
+        together = _canonical(parts)
+        if together not in self._checked:
+            self._try(lambda: pipeline_of(self.registry, cell).components.check())
+            self._checked.add(together)
+        return cell
+
+    def _choice(self, kind: str, value: Any) -> Choice:
+        key = _canonical([kind, value])
+        if key not in self._choices:
+            self._choices[key] = self._try(lambda: self._resolved(kind, value))
+        return self._choices[key]
+
+    def _resolved(self, kind: str, value: Any) -> Choice:
+        if isinstance(value, Mapping):
+            options = dict(value)
+            name = options.pop("name", None)
+        else:
+            name, options = (value, {}) if isinstance(value, str) else (value[0], dict(value[1]))
+        if not isinstance(name, str):
+            raise OptionError(f'{kind} {value!r} has no name; write {{name = "…", option = …}}.')
+        if kind == "solver" and name == "auto":
+            if options:
+                raise OptionError("solver 'auto' takes no options: it chooses per layer.")
+            return "auto", {}
+        return name, asdict(self.registry.create(kind, (name, options)).options)
+
+    def _try(self, work: Any) -> Any:
+        try:
+            return work()
+        except OptionError as error:
+            raise type(error)(f"{self.where}: {error}") from error
+
+
+def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """γ applies to a fixed scale alone."""
+    return {name: value for name, value in given.items() if name != "gamma" or given["scale"] == "fixed"}
+
+
+def _identity(run: RunSettings, cell: Cell) -> str:
+    content = _canonical([run.identity(), cell.settings()])
+    return hashlib.sha256(content.encode()).hexdigest()[:_ID_LENGTH]
+
+
+def _data_key(cell: Cell) -> tuple[int, int, str, bool]:
+    return cell.samples, cell.seed, cell.config.token_mask, cell.baseline is not None
+
+
+def _run_settings(where: str, table: Mapping[str, Any]) -> RunSettings:
+    values = dict(table)
+    tune = values.get("finetune")
+    if tune is not None:
+        if not isinstance(tune, Mapping):
+            raise OptionError(f"{where} finetune is {tune!r}; write a [run.finetune] table.")
+        values["finetune"] = _made(f"{where[:-1]}.finetune]", FinetuneSettings, tune)
+    made = _made(where, RunSettings, values)
+    assert isinstance(made, RunSettings)
+    return made
+
+
+def _made(where: str, cls: type[Any], table: Mapping[str, Any]) -> Any:
+    _known(where, table, tuple(entry.name for entry in fields(cls)))
+    missing = [
+        entry.name
+        for entry in fields(cls)
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table
+    ]
+    if missing:
+        raise OptionError(f"{where}: {', '.join(missing)} must be given.")
+    for name in ("seeds", "learning_rates", "eval_steps"):
+        if name in table and not isinstance(table[name], (list, tuple)):
+            raise OptionError(f"{where}: {name} is {table[name]!r}; write a list.")
+    try:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from error
+
+
+def _check_reference(where: str, registry: Registry, name: str) -> None:
+    if name not in ("auto", "none"):
+        try:
+            registry.create("estimator", name)
+        except OptionError as error:
+            raise OptionError(f"{where} reference: {error}") from error
+
+
+def _listed(where: str, name: str, values: Any) -> list[Any]:
+    if not isinstance(values, (list, tuple)):
+        raise OptionError(f"{where}: {name} is {values!r}; write a list.")
+    if not values:
+        raise OptionError(f"{where}: {name} is an empty list; give at least one value, or leave it out.")
+    return list(values)
+
+
+def _known(where: str, table: Mapping[str, Any], names: Sequence[str]) -> None:
+    for key in table:
+        if key not in names:
+            raise OptionError(f"{where}: unknown key {key!r}.{_hint(key, names)}")
+
+
+def _hint(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=2)
+    meant = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    return f"{meant} Known: {', '.join(names)}."
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise OptionError(f"{name} is {value!r}; it must be a text.")
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise OptionError(f"{name} is {value!r}; it must be a number of at least 0.")
+    return float(value)

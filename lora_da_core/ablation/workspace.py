@@ -1,0 +1,195 @@
+"""What all cells of a grid read: the model, loaded once and left as it is, and the data in its parts."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from lora_da_core.ablation.finetune import TrainingData
+from lora_da_core.ablation.grid import Grid, RunSettings
+from lora_da_core.ablation.results import data_fingerprint, versions
+from lora_da_core.cli_options import module_names
+from lora_da_core.data import Rows, TextOptions, batches, encode_text, load_rows
+from lora_da_core.errors import DataError
+from lora_da_core.models import load_model
+from lora_da_core.registry import Registry
+from lora_da_core.types import Batch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+HELD_OUT_SEED: Final = 0
+"""Seed of the draw of held-out rows, which every seed of the grid shares."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a data set, by position."""
+
+    rows: Rows
+    positions: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]:
+        return self.rows[self.positions[index]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The samples of one seed, as an initialisation reads them."""
+
+    batches: Sequence[Batch]
+    samples: int
+    tokens: int
+    notes: tuple[str, ...]
+
+
+class Workspace:
+    """The loaded model and data of a grid.
+
+    Args:
+        run: What to load.
+        registry: The installed plugins.
+    """
+
+    def __init__(self, run: RunSettings, registry: Registry) -> None:
+        self.run, self.registry = run, registry
+        self.rows = load_rows(run.data, split=run.split)
+        self.pool, self.kept_out = _parts(self.rows, 0 if run.finetune is None else run.finetune.held_out)
+        self.loaded = load_model(run.model, device=run.device, dtype=run.dtype, trust_remote_code=run.trust_remote_code)
+        # Nothing but adapters is trained, here or in a copy.
+        self.loaded.model.requires_grad_(False)
+        self._draws: dict[tuple[int, int], Draw] = {}
+        self._training: dict[int, TrainingData] = {}
+        self._held_out: list[Batch] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model; whoever wraps it must unwrap it, whoever changes it must copy it."""
+        return self.loaded.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def population(self) -> int:
+        """N: rows that may be trained on."""
+        return len(self.pool)
+
+    def entry(self, grid: Grid) -> dict[str, Any]:
+        """What `run.json` says.
+
+        Args:
+            grid: The grid.
+        """
+        from lora_da_core import adapter
+
+        run = self.run
+        plugins = {(record.distribution, record.version) for record in self.registry.records()}
+        return {
+            "versions": versions(),
+            "plugins": [" ".join(plugin) for plugin in sorted(plugins)],
+            "machine": {
+                "platform": platform.platform(),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "threads": torch.get_num_threads(),
+            },
+            "model": {
+                "source": run.model,
+                "dtype": run.dtype,
+                "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+                "fingerprint": adapter.fingerprint(self.model),
+            },
+            "data": {
+                "source": run.data,
+                "split": run.split,
+                "rows": len(self.rows),
+                "held_out": len(self.kept_out),
+                "fingerprint": data_fingerprint(run.data, self.rows),
+            },
+            "seeds": list(run.seeds),
+            "run": asdict(run),
+            "cells": [{"cell": cell.id, **cell.settings()} for cell in grid.cells],
+        }
+
+    def draw(self, samples: int, seed: int) -> Draw:
+        """The samples of one seed; the last draw is kept.
+
+        Args:
+            samples: How many rows.
+            seed: Of the draw.
+
+        Returns:
+            The batches.
+        """
+        key = (samples, seed)
+        if key not in self._draws:
+            found = self._encoded(self.pool, samples, seed)
+            made = batches(
+                found.samples, pad_token_id=self.loaded.tokenizer.pad_token_id, batch_size=self.run.batch_size
+            )
+            self._draws = {key: Draw(made, len(found.samples), found.tokens, (*self.loaded.notes, *found.notes))}
+        return self._draws[key]
+
+    def training(self, seed: int) -> TrainingData:
+        """Training samples in a seed's order, and the held-out batches; the last seed's are kept.
+
+        Args:
+            seed: Of the order.
+
+        Returns:
+            The data of a fine-tune.
+        """
+        tune = self.run.finetune
+        assert tune is not None
+        padding = self.loaded.tokenizer.pad_token_id
+        if not self._held_out:
+            found = self._encoded(self.kept_out, None, HELD_OUT_SEED)
+            self._held_out = [*batches(found.samples, pad_token_id=padding)]
+        if seed not in self._training:
+            wanted = min(len(self.pool), tune.steps * tune.batch_size)
+            samples = self._encoded(self.pool, wanted, seed).samples
+            self._training = {seed: TrainingData(samples, self._held_out, padding, seed)}
+        return self._training[seed]
+
+    def lora(self, rank: int) -> LoraConfig:
+        """The LoRA configuration of a rank."""
+        from lora_da_core import adapter
+
+        run = self.run
+        return adapter.lora_config(
+            rank=rank,
+            lora_alpha=run.lora_alpha,
+            use_rslora=run.use_rslora,
+            target_modules=_modules(run.target_modules),
+            exclude_modules=None if run.exclude_modules is None else _modules(run.exclude_modules),
+            task_type="CAUSAL_LM",
+            base_model_name=run.model,
+        )
+
+    def _encoded(self, rows: Rows, samples: int | None, seed: int) -> Any:
+        run = self.run
+        options = TextOptions(run.prompt_template, run.max_length, samples, seed)
+        return encode_text(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
+
+
+def _modules(names: str | Sequence[str]) -> str | list[str]:
+    return module_names(names) if isinstance(names, str) else list(names)
+
+
+def _parts(rows: Rows, held_out: int) -> tuple[Rows, Rows]:
+    if held_out >= len(rows):
+        raise DataError(f"held_out is {held_out}, but the data set has {len(rows)} rows; keep fewer of them out.")
+    if held_out == 0:
+        return rows, Part(rows, ())
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(HELD_OUT_SEED)).tolist()
+    return Part(rows, sorted(order[held_out:])), Part(rows, sorted(order[:held_out]))
