@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **specials).save_pretrained(root / "model")
     shape = LlamaConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -509,7 +509,7 @@ class TestResuming:
         import multiprocessing
 
         given = content(
-            world, {"estimator": ["kfac", "ekfac", "identity", "diagonal"], "beta": [0.1 * i for i in range(1, 41)]}
+            world, {"estimator": ["kfac", "ekfac", "identity", "diagonal"], "beta": [0.1 * i for i in range(1, 9)]}
         )
         killed = []
 
@@ -522,7 +522,7 @@ class TestResuming:
         records = run_grid(given, tmp_path / "out", jobs=2, on_record=kill)
         failed = [record for record in records if record["status"] == "failed"]
         assert len(killed) == 2 and not multiprocessing.active_children()
-        assert len(records) == len({record["cell"] for record in records}) == 160 and failed
+        assert len(records) == len({record["cell"] for record in records}) == 32 and failed
         assert all("worker process ended with exit code -9" in record["error"] for record in failed)
         assert len({record["group"] for record in failed}) <= 2
         mended = run_grid(given, tmp_path / "out", retry_failed=True)

@@ -1,0 +1,60 @@
+"""Compares Fisher estimators on SmolLM2-135M: what each costs, and how close it comes to the empirical Fisher's answer.
+
+    python examples/ablation_estimators.py [--samples 16] [--seeds 2] [--output runs/ablation_estimators]
+
+The same as `lora-da ablate` with `grids/estimators.toml`, from Python, on fewer layers. Run again, it goes on where it
+was.
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from lora_da_core.ablation import make_grid, plan, run_grid
+
+HERE = Path(__file__).parent
+ESTIMATORS = ["identity", "diagonal", "kfac", {"name": "kfac", "output": "full"}, "ekfac"]
+
+
+def main() -> None:
+    """Runs the grid and prints one line per cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation_estimators"))
+    options = parser.parse_args()
+    model = subprocess.run([sys.executable, HERE / "demo_model.py"], capture_output=True, text=True, check=True)
+    grid = make_grid(
+        {
+            "run": {
+                "model": model.stdout.strip(),
+                "data": str(HERE / "data" / "word_problems.jsonl"),
+                "samples": options.samples,
+                "seeds": list(range(options.seeds)),
+                "device": "cpu",
+                "target_modules": [
+                    f"layers.{layer}.self_attn.{name}" for layer in (0, 15) for name in ("q_proj", "v_proj")
+                ],
+                "reference": "empirical",
+            },
+            "grid": {"estimator": ESTIMATORS, "beta": [0.03, 1.0], "rank": [8], "baseline": ["default", "lora_ga"]},
+        }
+    )
+    todo = plan(grid, options.output)
+    print(f"{todo.cells} cells in {len(grid.groups())} groups, {todo.finished} of them finished")
+    for record in run_grid(grid, options.output):
+        name = record["baseline"] or f"{record['estimator']} {record['estimator_options'] or ''} β={record['beta']}"
+        if record["status"] == "failed":
+            print(f"{name}, seed {record['seed']}: {record['error']}")
+            continue
+        print(
+            f"{name}, seed {record['seed']}: {record['seconds']:.1f} s, {record['peak_bytes'] / 2**20:.0f} MiB, "
+            f"{math.degrees(record['angle']):.1f}° from {record['reference']}"
+        )
+    print(f"report: {options.output / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()
