@@ -1,7 +1,7 @@
 """LoRA-DA on Llama-2-7B shapes against PEFT's LoRA-GA, in one process on one GPU.
 
 Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, batch 16. Every program is
-warmed up on two small batches, then timed `--repetitions` times; medians are reported. The check: sampled layers'
+warmed up on two batches, then timed `--repetitions` times; medians are reported. The check: sampled layers'
 subspaces against a dense float64 eigen-decomposition.
 
     python -m benchmarks.gpu_7b [--layers 32] [--samples 256] [--repetitions 3] [--output runs/benchmarks/gpu_7b.json]
@@ -35,7 +35,7 @@ def main() -> None:
     options = _options()
     model = _model(options.layers)
     batches = _batches(options.samples, options.batch_size)
-    warm_up = [{key: value[:2] for key, value in batches[-1].items()}]
+    warm_up = batches[-2:]
     # By name: PEFT's LoRA-GA does not know "all-linear".
     lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=list(LINEAR), task_type="CAUSAL_LM")
     rows = {}

@@ -39,7 +39,13 @@ def main() -> None:
                 ],
                 "reference": "empirical",
             },
-            "grid": {"estimator": ESTIMATORS, "beta": [0.03, 1.0], "rank": [8], "baseline": ["default", "lora_ga"]},
+            "grid": {
+                "estimator": ESTIMATORS,
+                "beta": [0.03, 1.0],
+                "rank": [8],
+                "scale": ["fixed"],
+                "baseline": ["default", "lora_ga"],
+            },
         }
     )
     todo = plan(grid, options.output)

@@ -32,8 +32,14 @@ def main() -> None:
             "target_modules": ["layers.0.self_attn.q_proj", "layers.15.mlp.gate_proj", "layers.15.mlp.down_proj"],
             "reference": "kfac",
         },
-        # A solver that misses its tolerance is shown as it is, not replaced by a dense one.
-        "grid": {"estimator": ["kfac"], "solver": SOLVERS, "rank": [8, 32], "unconverged": ["warn"]},
+        # A solver that misses its tolerance is shown as it is, not replaced by a dense one; the scale is not searched.
+        "grid": {
+            "estimator": ["kfac"],
+            "solver": SOLVERS,
+            "rank": [8, 32],
+            "unconverged": ["warn"],
+            "scale": ["fixed"],
+        },
     }
     for record in run_grid(grid, options.output):
         head = f"{record['solver']:>14} r={record['rank']:<3}"

@@ -6,6 +6,8 @@ import copy
 import difflib
 import hashlib
 import itertools
+import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,6 +79,11 @@ def lora_config(
     """
     if rank < 1:
         raise OptionError(f"rank is {rank}; it must be at least 1.")
+    if not (math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise OptionError(f"lora_alpha is {lora_alpha}; it must be a number above 0.")
+    for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if isinstance(value, str):
+            _check_regex(option, value)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     excluded = exclude_modules if exclude_modules is None or isinstance(exclude_modules, str) else list(exclude_modules)
     try:
@@ -91,6 +98,13 @@ def lora_config(
         )
     except (ValueError, TypeError) as error:
         raise OptionError(f"PEFT refuses this LoRA configuration: {error}") from error
+
+
+def _check_regex(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"{option} {pattern!r} is no regular expression: {error}.") from error
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -135,6 +149,38 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise TargetError(f"adapter {adapter_name!r} is {config.peft_type}, not LoRA.")
     return config
+
+
+def chosen_config(model: nn.Module, peft_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
+    """The LoRA configuration of a run: the one that is given, or the PeftModel's own.
+
+    Args:
+        model: A base model, or a PeftModel that has the adapter.
+        peft_config: The configuration, or None.
+        adapter_name: The adapter.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        TargetError: The model is not a PeftModel and no configuration is given, or its base function is not to be had.
+        OptionError: The adapter has another rank or scaling than the configuration that is given.
+    """
+    layers = _lora_layers(base_of(model))
+    if layers and not isinstance(model, PeftModel):
+        raise TargetError("the model holds LoRA layers, but is no PeftModel; pass the PeftModel, or remove them first.")
+    if any(layer.merged for layer in layers.values()):
+        raise TargetError("an adapter is merged into the model's weights; call unmerge_adapter() first.")
+    if peft_config is None or isinstance(model, PeftModel):
+        own = config_of(model, adapter_name)
+        for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if peft_config is not None and getattr(own, name) != getattr(peft_config, name):
+                raise OptionError(
+                    f"adapter {adapter_name!r} of the PeftModel has {name}={getattr(own, name)!r}, the configuration "
+                    f"{getattr(peft_config, name)!r}; leave the configuration out."
+                )
+        return own
+    return peft_config
 
 
 def resolve_targets(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> Targets:
@@ -188,7 +234,7 @@ def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
             clone = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
             get_peft_model(clone, copy.deepcopy(peft_config), adapter_name="default", low_cpu_mem_usage=True)
         return clone
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise TargetError(_no_match(base, peft_config, error)) from error
     finally:
         for parameter in trainable:
@@ -227,7 +273,10 @@ def _spec(name: str, layer: LoraLayer, adapter_name: str) -> LayerSpec:
             f"rank {rank} is above min(in, out) = {min(in_features, out_features)} of layer {name} "
             f"({out_features} × {in_features}). Choose a smaller rank, or set one for it in rank_pattern."
         )
-    return LayerSpec(name, kind, in_features, out_features, rank, float(layer.scaling[adapter_name]))
+    scaling = float(layer.scaling[adapter_name])
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise TargetError(f"PEFT scales layer {name} by {scaling}; give a lora_alpha (and alpha_pattern) above 0.")
+    return LayerSpec(name, kind, in_features, out_features, rank, scaling)
 
 
 def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
@@ -321,7 +370,8 @@ def apply(
         The PeftModel, as `peft.get_peft_model` returns it.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
+    with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten below
+        peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
     try:
         write(peft_model, state_dict(factors), adapter_name)
     except BaseException:
@@ -356,8 +406,9 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
-        if ".lora_" not in name:
-            yield name.replace(".base_layer.", "."), parameter
+        # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:

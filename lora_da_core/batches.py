@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_core.errors import DataError
+from lora_da_core.errors import DataError, PluginError
 from lora_da_core.interfaces import Objective
 from lora_da_core.types import Batch
 
@@ -31,13 +31,35 @@ def label_counts(objective: Objective[Any], batches: Sequence[Batch]) -> Tensor:
     for index, batch in enumerate(batches):
         if not isinstance(batch, Mapping) or batch.get("labels") is None:
             raise DataError(f"batch {index} has no 'labels'; give every batch as a mapping with 'labels' in it.")
-    counts = torch.cat([objective.label_counts(batch).cpu().reshape(-1) for batch in batches])
+        if not isinstance(batch["labels"], Tensor):
+            kind = type(batch["labels"]).__name__
+            raise DataError(
+                f"the labels of batch {index} are a {kind}; give tensors whose first dimension counts samples."
+            )
+    counts = torch.cat([_counts_of(objective, batch, index) for index, batch in enumerate(batches)])
     if len(counts) == 0:
         raise DataError("the data set is empty: the batches hold no samples.")
     if int(counts.max()) == 0:
         raise DataError(
             f"all labels are masked in all {len(counts)} samples: there is nothing to learn from. "
             "Check the prompt template and the maximum length."
+        )
+    return counts
+
+
+def _counts_of(objective: Objective[Any], batch: Batch, index: int) -> Tensor:
+    shape = tuple(batch["labels"].shape)
+    try:
+        counts = objective.label_counts(batch).cpu()
+    except Exception as error:
+        raise DataError(
+            f"objective {objective.name!r} cannot count the labels of batch {index}, of shape {shape}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if tuple(counts.shape) != shape[:1]:
+        raise PluginError(
+            f"objective {objective.name!r} counted labels of shape {tuple(counts.shape)} in batch {index}, "
+            f"whose labels have shape {shape}; it must be one count per sample."
         )
     return counts
 
@@ -82,7 +104,19 @@ def first_samples(batches: Iterable[Batch], samples: int | None) -> list[Batch]:
 
 
 def spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
-    """Evenly spaced batches that hold at least `samples` samples: batches may be sorted by length."""
+    """`samples` evenly spaced samples (all where there are fewer), the same ones however they are batched.
+
+    Evenly spaced, because samples may be sorted by length.
+    """
     total = sum(len(batch["labels"]) for batch in batches)
-    stride = max(1, min(len(batches), total // samples))
-    return list(batches[stride // 2 :: stride])
+    count = min(samples, total)
+    wanted = (torch.arange(count) * total + total // 2) // max(1, count)
+    taken: list[Batch] = []
+    start = 0
+    for batch in batches:
+        stop = start + len(batch["labels"])
+        rows = wanted[(wanted >= start) & (wanted < stop)] - start
+        if len(rows):
+            taken.append(batch if len(rows) == stop - start else take_rows(batch, rows))
+        start = stop
+    return taken

@@ -18,6 +18,7 @@ from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.errors import LoraDAError, ModelError, PluginError, TargetError
 from lora_da_core.interfaces import (
     Accumulator,
+    Component,
     FisherEstimator,
     GradientEstimator,
     Objective,
@@ -203,8 +204,11 @@ class _Run:
         if part is None:
             return
         samples = len(part["labels"])
-        masks = {name: task.objective.token_mask(part, spec, task.token_mask) for name, spec in self.specs.items()}
         self._pass, self._number = index, number
+        masks = {}
+        for name, spec in self.specs.items():
+            with self._blamed("objective", name):
+                masks[name] = task.objective.token_mask(part, spec, task.token_mask)
         first, drawn = index == 0, task.estimator.labels != "empirical"
         if first:
             self.statistics.samples += samples
@@ -228,7 +232,8 @@ class _Run:
         self._batch = TokenLedger(samples, masks, self.task.device)
         try:
             with torch.set_grad_enabled(self.task.needs_backward):
-                losses = losses_of()
+                with self._blamed("objective"):
+                    losses = losses_of()
                 if losses.shape != (samples,):
                     raise PluginError(
                         f"objective {self.task.objective.name!r} returned losses of shape {tuple(losses.shape)} "
@@ -311,11 +316,15 @@ class _Run:
             output_grads = None if output_grads is None else output_grads[counted]
         if self._takes_inputs:
             layer.tokens += len(inputs) if self._pass == 0 else 0
-            if not all(record.accumulated for record in records):
+            first = tokens.group_inputs.setdefault(group.leader, records)
+            if {id(record) for record in records} != {id(record) for record in first}:
+                raise ModelError(
+                    f"layer {name} reads only some of the inputs that it shares with other layers; layers whose inputs "
+                    "are shared only sometimes are not supported. Exclude it with exclude_modules."
+                )
+            if first is records:
                 with self._blamed("estimator", name):
                     group.accumulator.update(inputs, output_grads, example)
-                for record in records:
-                    record.accumulated = True
         if self._takes_fisher:
             with self._blamed("estimator", name):
                 layer.fisher.update(inputs, output_grads, example)
@@ -338,18 +347,19 @@ class _Run:
         return layer.group
 
     @contextlib.contextmanager
-    def _blamed(self, kind: Literal["estimator", "gradient"], layer: str) -> Iterator[None]:
+    def _blamed(self, kind: Literal["estimator", "gradient", "objective"], layer: str | None = None) -> Iterator[None]:
         """What a plugin's code raises becomes an error that names it, the layer and the batch."""
         try:
             yield
-        except LoraDAError:
+        except (LoraDAError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            component = self.task.estimator if kind == "estimator" else self.task.gradient
+            component: Component[Any] = getattr(self.task, kind)
             origin = f" ({self.task.origins[kind]})" if kind in self.task.origins else ""
+            place = "" if layer is None else f" on layer {layer}"
             batch = "" if self._number is None else f" in batch {self._number}"
             raise PluginError(
-                f"{kind} {component.name!r}{origin} raised on layer {layer}{batch}: {type(error).__name__}: {error}"
+                f"{kind} {component.name!r}{origin} raised{place}{batch}: {type(error).__name__}: {error}"
             ) from error
 
     def end_pass(self, index: int) -> None:

@@ -247,7 +247,7 @@ def _verify(
     data: Annotated[str | None, typer.Option(help="Take the test input from this data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision to load the model in.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Precision to load the model in.", show_default="the run's")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
@@ -260,7 +260,9 @@ def _verify(
         # Without its files PEFT would look for a repository of that name on the hub.
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")
-    source = model or _recorded_model(directory)
+    source = _recorded(directory, "model", "which model it belongs to") if model is None else model
+    if dtype is None:
+        dtype = _recorded(directory, "dtype", "in which precision its model was loaded")
     rows = None if data is None else _first_rows(data, split)
     loaded = models.load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     checks = adapter.verify(directory, loaded.model, report, _probe_input(loaded, rows))
@@ -270,13 +272,13 @@ def _verify(
         raise typer.Exit(FAILED)
 
 
-def _recorded_model(directory: Path) -> str:
+def _recorded(directory: Path, option: str, meaning: str) -> str:
     from lora_da_core import storage
 
-    source = storage.read_settings(directory).get("model")
-    if not isinstance(source, str):
-        raise OptionError(f"{directory} does not say which model it belongs to; give --model.")
-    return source
+    value = storage.read_settings(directory).get(option)
+    if not isinstance(value, str):
+        raise OptionError(f"{directory} does not say {meaning}; give --{option}.")
+    return value
 
 
 def _first_rows(source: str, split: str) -> list[Any]:

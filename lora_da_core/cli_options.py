@@ -218,7 +218,7 @@ class InitOptions:
         """
         choice: ComponentChoice = getattr(preset, kind)
         default, standing = (choice, {}) if isinstance(choice, str) else choice
-        name: str = getattr(self, kind) or default
+        name: str = default if getattr(self, kind) is None else getattr(self, kind)
         given = _pairs(f"--{kind}-option", getattr(self, f"{kind}_option") or ())
         options = {**(standing if name == default else {}), **given}
         if name == "auto" and options:
@@ -238,11 +238,11 @@ class InitOptions:
 def module_names(text: str) -> str | list[str]:
     """A comma-separated list of module names as a list; anything else is a regex, or PEFT's `all-linear`.
 
-    >>> module_names("q_proj, v_proj"), module_names("q_proj"), module_names(r".*[qk]_proj"), module_names("all-linear")
-    (['q_proj', 'v_proj'], ['q_proj'], '.*[qk]_proj', 'all-linear')
+    >>> module_names("q_proj, v_proj"), module_names("q_proj,"), module_names(r".*[qk]"), module_names("all-linear")
+    (['q_proj', 'v_proj'], ['q_proj'], '.*[qk]', 'all-linear')
     """
-    names = [name.strip() for name in text.split(",")]
-    if text == "all-linear" or not all(name.replace("_", "").replace(".", "").isalnum() for name in names):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if text == "all-linear" or not names or not all(name.replace("_", "").replace(".", "").isalnum() for name in names):
         return text
     return names
 

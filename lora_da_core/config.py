@@ -50,8 +50,8 @@ class LoraDAConfig:
     seed: int = 0
     unconverged: Literal["fallback", "warn", "error"] = "fallback"
 
-    _minimum: ClassVar[dict[str, float]] = {"alpha": 0, "beta": 0, "damping": 0, "seed": 0}
-    _positive: ClassVar[tuple[str, ...]] = ("population", "gamma", "samples")
+    _minimum: ClassVar[dict[str, float]] = {"alpha": 0, "beta": 0, "damping": 0}
+    _whole: ClassVar[dict[str, int]] = {"seed": 0, "population": 1, "samples": 1}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -62,10 +62,14 @@ class LoraDAConfig:
         for name, least in self._minimum.items():
             if not _is_number(getattr(self, name)) or getattr(self, name) < least:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be a number of at least {least:g}.")
-        for name in self._positive:
+        for name, least in self._whole.items():
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
-                raise OptionError(f"{name} is {value!r}; it must be a number above 0, or left out.")
+            if (name == "seed" or value is not None) and not _is_whole(value, least):
+                raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}, below 2**63.")
+        if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):
+            raise OptionError(f"gamma is {self.gamma!r}; it must be a number above 0, or left out.")
+        if not isinstance(self.normalize, bool):
+            raise OptionError(f"normalize is {self.normalize!r}; it must be True or False.")
         if self.alpha == 0 and self.beta == 0:
             raise OptionError("alpha and beta are both 0: Ω would be zero. Give at least one of them.")
 
@@ -78,6 +82,10 @@ class LoraDAConfig:
     def fixed_gamma(self) -> float:
         """γ where the scale is fixed."""
         return PAPER_GAMMA if self.gamma is None else self.gamma
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _is_number(value: object) -> bool:

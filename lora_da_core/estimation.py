@@ -46,26 +46,47 @@ class Estimates:
     seconds: Mapping[str, float]
 
     def gradient(self, spec: LayerSpec) -> LinearMap:
-        """G of a layer, (out, in), made when asked for: all of them at once would double the memory."""
+        """G of a layer, (out, in), made when asked for: all of them at once would double the memory.
+
+        Args:
+            spec: The layer.
+
+        Returns:
+            The mean gradient.
+
+        Raises:
+            PluginError: The gradient estimator raised, or G has a wrong shape, NaN or Inf.
+        """
         with self._blamed(spec):
-            return self.task.gradient.gradient(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
+            found = self.task.gradient.gradient(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
+            shape = tuple(found.shape)
+            if shape != (spec.out_features, spec.in_features):
+                raise PluginError(
+                    f"{self._named} gave G of shape {shape} on layer {spec.name}, "
+                    f"not {(spec.out_features, spec.in_features)}"
+                )
+            product = found.matmat(torch.ones(spec.in_features, 1, dtype=found.dtype, device=found.device))
+        if not bool(product.isfinite().all()):
+            raise PluginError(f"{self._named} gave G with NaN or Inf on layer {spec.name}")
+        return found
 
     def diagnostics(self, spec: LayerSpec) -> dict[str, float]:
         """What the gradient estimator says of its own error on a layer."""
         with self._blamed(spec):
             return self.task.gradient.diagnostics(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
 
+    @property
+    def _named(self) -> str:
+        return _named_gradient(self.task)
+
     @contextlib.contextmanager
     def _blamed(self, spec: LayerSpec) -> Iterator[None]:
         try:
             yield
-        except LoraDAError:
+        except (LoraDAError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            named = (
-                f"gradient {self.task.gradient.name!r} ({self.task.origins.get('gradient', 'unknown distribution')})"
-            )
-            raise PluginError(f"{named} raised on layer {spec.name}: {type(error).__name__}: {error}") from error
+            raise PluginError(f"{self._named} raised on layer {spec.name}: {type(error).__name__}: {error}") from error
 
 
 def estimate(
@@ -142,12 +163,21 @@ def _sample_notes(counts: Tensor) -> list[str]:
     return notes
 
 
+def _named_gradient(task: CaptureTask) -> str:
+    return f"gradient {task.gradient.name!r} ({task.origins.get('gradient', 'unknown distribution')})"
+
+
 def _gradient_sums(
     task: CaptureTask, batches: Sequence[Batch], statistics: Statistics, seed: int
 ) -> dict[str, dict[str, Tensor]]:
     if task.gradient.forward_only:
         generator = torch.Generator().manual_seed(seed)
-        with LowRankProbe(task, batches) as probe:
-            return task.gradient.estimate(probe, task.specs, generator=generator)
+        try:
+            with LowRankProbe(task, batches) as probe:
+                return task.gradient.estimate(probe, task.specs, generator=generator)
+        except (LoraDAError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise PluginError(f"{_named_gradient(task)} raised: {type(error).__name__}: {error}") from error
     taps = {name: layer.gradient for name, layer in statistics.layers.items()}
     return {name: tap.statistics() for name, tap in taps.items() if tap is not None}

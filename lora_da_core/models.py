@@ -90,12 +90,21 @@ def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tu
         with _progress_bars_off():
             tokenizer = AutoTokenizer.from_pretrained(**location)
             plain = _dequantized() if "gguf_file" in location else {}
-            model: Any = AutoModelForCausalLM.from_pretrained(**location, **plain, dtype=dtype)
+            model: Any
+            model, found = AutoModelForCausalLM.from_pretrained(
+                **location, **plain, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:  # config, weights, tokenizer and hub each raise their own; the answer is the same
         raise ModelError(
             f"model '{source}' cannot be loaded: {reason(error)} Give a causal language model: a hub id, a "
             "directory that save_pretrained wrote, or a .gguf file."
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the checkpoint of '{source}' lacks {len(missing)} of the model's weights, the first is {missing[0]}; "
+            "they would be random. Give a complete causal language model."
+        )
     if plain:
         _forget_quantization(model)
         model.name_or_path = source  # PEFT writes it down, and transformers knows the folder alone
@@ -161,6 +170,8 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise OptionError(f"device '{name}' cannot be used: {reason(error)} Take 'auto', or 'cpu'.") from error
+    if device.type == "meta":
+        raise OptionError("device 'meta' holds no values to compute with. Take 'auto', or 'cpu'.")
     return device
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.batches import first_samples, label_counts, spread
+from lora_da_core.batches import first_samples, label_counts, labelled_part, spread
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
@@ -67,10 +67,12 @@ def build_pipeline(
     """
     registry = Registry()
     base: Preset = registry.resolve("preset", preset)
-    chosen = solver or base.solver
+    if config is not None and not isinstance(config, LoraDAConfig):
+        raise OptionError(f"config is a {type(config).__name__}; give a LoraDAConfig.")
+    chosen = base.solver if solver is None else solver
     parts = Components(
-        estimator=registry.create("estimator", estimator or base.estimator),
-        gradient=registry.create("gradient", gradient or base.gradient),
+        estimator=registry.create("estimator", base.estimator if estimator is None else estimator),
+        gradient=registry.create("gradient", base.gradient if gradient is None else gradient),
         objective=registry.create("objective", objective),
         solver=None if chosen == "auto" else registry.create("solver", chosen),
     )
@@ -182,7 +184,7 @@ class Pipeline:
         """
         from lora_da_core import adapter
 
-        lora = adapter.config_of(model, adapter_name) if peft_config is None else peft_config
+        lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name)
         taken = first_samples(batches, self.config.samples)
         counts = label_counts(self.components.objective, taken)
@@ -307,7 +309,9 @@ class _Finish:
         return {n: balanced_factors(s, search.multiplier, dtypes[n]) for n, s in spaces.items()}, asdict(search)
 
     def _search(self, solutions: Mapping[str, LayerSolution]) -> LineSearch:
-        chosen = spread(self.estimates.batches, SEARCH_SAMPLES)
+        objective = self.task.objective
+        parts = [labelled_part(objective, batch) for batch in self.estimates.batches]
+        chosen = spread([part for part in parts if part is not None], SEARCH_SAMPLES)
         directions = {}
         for name, solution in solutions.items():
             space, dtype = solution.subspace, _factor_dtype(self.task.modules[name])

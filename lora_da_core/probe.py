@@ -27,11 +27,13 @@ class LowRankProbe(LossProbe):
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> LowRankProbe:
-        self._stack.enter_context(prepared(self._task.model))
-        self._stack.enter_context(self._task.base_only())
-        for name, module in self._task.modules.items():
-            handle = module.register_forward_hook(self._hook(name))
-            self._stack.callback(handle.remove)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(prepared(self._task.model))
+            stack.enter_context(self._task.base_only())
+            for name, module in self._task.modules.items():
+                handle = module.register_forward_hook(self._hook(name))
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pluggy
 
@@ -192,6 +193,11 @@ class Registry:
                 raise OptionError(
                     f"{kind} {name!r} has no option {key!r}.{hint} Options: {', '.join(known) or 'none'}."
                 )
+        for key, value in given.items():
+            wanted = _plain_types(cls.Options, key)
+            if wanted and not _is_of(value, wanted):
+                listed = " or ".join("None" if one is NoneType else one.__name__ for one in wanted)
+                raise OptionError(f"{kind} {name!r}: {key} is {value!r}; it must be of type {listed}.")
         named = f"{kind} {name!r} ({self.origin(kind, cls)})"
         try:
             options = cls.Options(**given)
@@ -283,8 +289,9 @@ def _describe(error: BaseException) -> str:
 def _fault(component: Any, expected: type) -> str:
     """What keeps a component from being used; empty where nothing does."""
     if expected is Preset:
-        return "" if isinstance(component, Preset) else f"{component!r} is not a Preset"
-    if not (isinstance(component, type) and issubclass(component, expected)):
+        if not isinstance(component, Preset):
+            return f"{component!r} is not a Preset"
+    elif not (isinstance(component, type) and issubclass(component, expected)):
         return f"{component!r} is not a subclass of {expected.__name__}"
     if isabstract(component):
         return f"methods are missing: {', '.join(sorted(getattr(component, '__abstractmethods__', ())))}"
@@ -294,6 +301,8 @@ def _fault(component: Any, expected: type) -> str:
     name = getattr(component, "name", None)
     if not isinstance(name, str) or not name or ":" in name:
         return f"its name is {name!r}; it must be a non-empty string without ':'"
+    if expected is Preset:
+        return ""
     options = getattr(component, "Options", None)
     if not (isinstance(options, type) and is_dataclass(options) and options.__dataclass_params__.frozen):  # type: ignore[attr-defined]
         return "its Options is not a frozen dataclass"
@@ -313,6 +322,22 @@ def _mark_clash(offer: _Offer, offers: list[_Offer]) -> _Offer:
 def _reachable_name(offer: _Offer) -> str:
     record = offer.record
     return f"{record.distribution}:{record.name}" if record.status == "clash" else record.name
+
+
+def _plain_types(options: type[Any], key: str) -> tuple[type, ...]:
+    """The types an option may have, where its annotation is made of plain ones; empty otherwise."""
+    try:
+        hint = get_type_hints(options)[key]
+    except (NameError, AttributeError):  # an annotation that only a type checker can resolve
+        return ()
+    members = get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else (hint,)
+    return members if all(member in (bool, int, float, str, NoneType) for member in members) else ()
+
+
+def _is_of(value: Any, wanted: tuple[type, ...]) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int in wanted or float in wanted
+    return type(value) in wanted
 
 
 def _name_and_options(kind: str, choice: Any) -> tuple[str, Mapping[str, Any]]:

@@ -102,11 +102,6 @@ class LayerSolver:
             PluginError: The estimator raised or broke its contract.
         """
         start, spec, config = time.perf_counter(), statistics.spec, self.config
-        if tuple(gradient.shape) != (spec.out_features, spec.in_features):
-            raise PluginError(
-                f"the gradient estimator gave G of shape {tuple(gradient.shape)} on {spec.name}, "
-                f"not {(spec.out_features, spec.in_features)}"
-            )
         with self._blamed("estimator", self.estimator, spec.name):
             fisher = self.estimator.fisher(
                 statistics,
@@ -154,7 +149,7 @@ class LayerSolver:
         results = self._smallest(solver, operators, rank, generator, names)
         each = (time.perf_counter() - start) / len(layers)
         return [
-            self._solution(layer, operator, float(norm.values[0]), result, solver, generator, each)
+            self._solution(layer, operator, norm, result, solver, generator, each)
             for layer, operator, norm, result in zip(layers, operators, norms, results, strict=True)
         ]
 
@@ -162,20 +157,23 @@ class LayerSolver:
         self,
         layer: PreparedLayer,
         operator: SymmetricOperator,
-        least: float,
+        norm: EigenResult,
         result: EigenResult,
         solver: Solver[Any],
         generator: torch.Generator,
         seconds: float,
     ) -> LayerSolution:
         start, spec, config = time.perf_counter(), layer.spec, self.config
-        sigma = max(0.0, -least) ** 0.5
         remedies = list(layer.fisher.remedies)
+        if not bool(norm.converged):
+            gram = NegatedGram(layer.step)
+            _, norm = self._unconverged(solver, gram, norm, remedies, generator, spec.name, "σ")
+        sigma = max(0.0, -float(norm.values[0])) ** 0.5
         if sigma == 0.0:
             remedies.append("the gradient is zero: A comes from the variance term alone, B is zero")
         divisor = sigma if config.normalize and sigma > 0 else 1.0
         if not bool(result.converged):
-            solver, result = self._unconverged(solver, operator, result, remedies, generator, spec)
+            solver, result = self._unconverged(solver, operator, result, remedies, generator, spec.name)
         solution = subspace(result.vectors, layer.step, divisor, spec.scaling)
         if not bool(solution.projected.isfinite().all()):
             raise PluginError(f"{self._named('estimator', self.estimator)} gave a step with NaN or Inf on {spec.name}")
@@ -241,10 +239,14 @@ class LayerSolver:
         result: EigenResult,
         remedies: list[str],
         generator: torch.Generator,
-        spec: LayerSpec,
+        layer: str,
+        quantity: str = "",
     ) -> tuple[Solver[Any], EigenResult]:
+        rank = result.values.shape[-1]
+        subject = f"{quantity} of {layer}" if quantity else layer
+        failure = f"did not converge on {quantity}" if quantity else "did not converge"
         missed = (
-            f"solver {solver.name!r} did not converge on {spec.name}: residual "
+            f"solver {solver.name!r} did not converge on {subject}: residual "
             f"{_relative_residual(result):.1e} of ‖Ω‖ after {result.applies} products"
         )
         if self.config.unconverged == "error":
@@ -253,15 +255,15 @@ class LayerSolver:
         failed = [solver.name]
         while self.config.unconverged == "fallback" and not bool(result.converged):
             try:
-                name = self.registry.choose_solver(operator.size, spec.rank, operator.device.type, failed)
+                name = self.registry.choose_solver(operator.size, rank, operator.device.type, failed)
             except OptionError:
                 break
             solver = self.registry.create("solver", name)
-            result = self._smallest(solver, [operator], spec.rank, generator, spec.name)[0]
-            remedies.append(f"{failed[-1]} did not converge; solved with {name}")
+            result = self._smallest(solver, [operator], rank, generator, layer)[0]
+            remedies.append(f"{failed[-1]} {failure}; solved with {name}")
             failed.append(name)
         if not bool(result.converged):
-            remedies.append(f"{failed[-1]} did not converge")
+            remedies.append(f"{failed[-1]} {failure}")
         return solver, result
 
     def _named(self, kind: str, component: Any) -> str:
@@ -271,7 +273,7 @@ class LayerSolver:
     def _blamed(self, kind: str, component: Any, layer: str) -> Iterator[None]:
         try:
             yield
-        except LoraDAError:
+        except (LoraDAError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise PluginError(

@@ -12,6 +12,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lora_da_core.errors import StorageError
 from lora_da_core.types import LayerReport, RunReport
 
@@ -77,7 +79,7 @@ def save_run(
         _make_durable(fresh, mode=(fresh / REPORT_FILE).stat().st_mode)
         _exchange(fresh, directory, old)
         _flush(directory.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"{directory} cannot be written: {error}") from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
@@ -98,8 +100,8 @@ def _exchange(fresh: Path, directory: Path, old: Path) -> None:
         directory.rename(old)
     try:
         fresh.rename(directory)
-    except OSError:
-        if replaced:
+    except BaseException:  # Ctrl-C among them: what is in `old` goes with the workspace
+        if replaced and not directory.exists():
             old.rename(directory)
         raise
 

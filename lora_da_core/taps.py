@@ -15,10 +15,9 @@ from lora_da_core.errors import ModelError
 
 @dataclass
 class InputRecord:
-    """One input tensor of one forward pass."""
+    """One input tensor of one forward pass; `leader` is the first layer that read it."""
 
     leader: str
-    accumulated: bool = False
 
 
 @dataclass
@@ -58,6 +57,7 @@ class TokenLedger:
         self.uses: dict[str, int] = {}
         self.waiting: dict[str, list[tuple[Use, Tensor, Tensor | None]]] = {}
         self.finite: dict[str, Tensor] = {}
+        self.group_inputs: dict[str, list[InputRecord]] = {}
         self._inputs: dict[int, tuple[weakref.ref[Tensor], InputRecord]] = {}
         self._places: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
 

@@ -93,6 +93,12 @@ def no_loading(monkeypatch):
         (("inspect",), "Missing argument"),
         ((*INIT, "--output", "new", "--rank", "eight"), "Invalid value for '--rank'"),
         ((*INIT, "--output", "new", "--rank", "0"), "rank is 0"),
+        ((*INIT, "--output", "new", "--lora-alpha", "0"), "lora_alpha is 0"),
+        ((*INIT, "--output", "new", "--lora-alpha", "nan"), "lora_alpha is nan"),
+        ((*INIT, "--output", "new", "--seed", "9" * 30), "below 2**63"),
+        ((*INIT, "--output", "new", "--target-modules", "["), "target_modules '[' is no regular expression"),
+        ((*INIT, "--output", "new", "--exclude-modules", "("), "exclude_modules '(' is no regular expression"),
+        ((*INIT, "--output", "new", "--estimator", ""), "unknown estimator ''"),
         ((*INIT, "--output", "model"), "model exists and is not empty"),
         ((*INIT, "--output", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "model", "--overwrite"), "holds no earlier run"),
@@ -342,6 +348,13 @@ def test_verify_passes_on_what_init_wrote(world, finished):
         assert outcome.stdout.count("✓") == len(outcome.stdout.splitlines()) >= 5
 
 
+def test_verify_loads_the_model_in_the_run_s_precision(world):
+    assert run(world, *INIT, "--output", "half", "--rank", "2", "--dtype", "bfloat16").exit_code == 0
+    outcome = run(world, "verify", "half")
+    assert outcome.exit_code == 0, outcome.output
+    assert run(world, "verify", "half", "--dtype", "float32").exit_code == 1
+
+
 def test_verify_fails_on_an_adapter_that_was_changed(world):
     assert run(world, *INIT, "--output", "changed", "--rank", "2", "--target-modules", "q_proj").exit_code == 0
     path = world / "changed" / "adapter_model.safetensors"
@@ -437,6 +450,8 @@ def test_component_options_are_added_to_the_presets():
     [
         ("all-linear", "all-linear"),
         ("q_proj", ["q_proj"]),
+        ("q_proj,,", ["q_proj"]),
+        ("", ""),
         ("q_proj, 0.self_attn.v_proj", ["q_proj", "0.self_attn.v_proj"]),
         (r".*\.(q|k)_proj", r".*\.(q|k)_proj"),
         ("model.layers.[01].*", "model.layers.[01].*"),

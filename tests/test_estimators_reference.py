@@ -1,15 +1,21 @@
-"""Estimators against other programs (curvlinops, torch.func) and against theory."""
+"""Estimators against other programs (stored results of curvlinops, torch.func) and against theory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
+import lora_da_core
+from lora_da_core import capture
+from lora_da_core.adapter import resolve_targets
+from lora_da_core.capture import CaptureTask
 from lora_da_estimators._factors import FactorRequest, damp_dense
 from lora_da_estimators.ekfac import Ekfac
 from lora_da_estimators.empirical import Empirical
@@ -112,29 +118,6 @@ def mlp() -> Iterator[tuple[Mlp, Tensor, Tensor]]:
     yield (Mlp(generator), *labelled(generator))
 
 
-@pytest.mark.parametrize("name", ["first", "last"])
-@pytest.mark.parametrize("kind", ["kfac", "ekfac"])
-def test_live_curvlinops(mlp: tuple[Mlp, Tensor, Tensor], kind: str, name: str) -> None:
-    import curvlinops
-
-    model, x, labels = mlp
-    operator = {"kfac": curvlinops.KFACLinearOperator, "ekfac": curvlinops.EKFACLinearOperator}[kind]
-    layer = getattr(model, name)
-    linear = operator(
-        model,
-        nn.CrossEntropyLoss(reduction="mean"),
-        [layer.weight],
-        [(x, labels)],
-        fisher_type="empirical",
-        check_deterministic=False,
-    )
-    estimator = {"kfac": make(Kfac, output="full"), "ekfac": make(Ekfac)}[kind]
-    fisher = fisher_of(estimator, captured(model, x, labels)[name], damping=1e-9, damping_kind="absolute")
-    weights = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected = linear @ [weights]
-    assert relative(fisher.apply(weights), expected[0]) < 1e-6
-
-
 @pytest.mark.parametrize("storage", ["rows", "factored", "auto"])
 def test_empirical_is_the_fisher_of_per_sample_gradients(mlp: tuple[Mlp, Tensor, Tensor], storage: str) -> None:
     model, x, labels = mlp
@@ -191,6 +174,50 @@ def test_ekfac_is_closer_to_the_empirical_fisher_than_kfac() -> None:
     assert by_ekfac < 0.98 * by_kfac
     # In K-FAC's eigenbasis no diagonal is closer, so it holds for every seed too.
     assert all(corrected <= plain for plain, corrected in errors)
+
+
+class Repeated(nn.Module):
+    """Logits Wx of one input x, whatever the token: K-FAC of it is exact."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.x = torch.randn(4, generator=generator, dtype=torch.float64)
+        self.linear = nn.Linear(4, 5, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(5, 4, generator=generator, dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        return (self.linear(self.x.expand(*input_ids.shape, 4)),)
+
+
+def captured_fisher(model: Repeated, labels: str, samples: int, seed: int) -> Tensor:
+    """J, (out·in, out·in), of samples with one label each, nearly undamped."""
+    parts = lora_da_core.build_pipeline(("kfac", {"output": "full", "labels": labels})).components
+    targets = resolve_targets(model, LoraConfig(r=1, target_modules=["linear"]))
+    task = CaptureTask(
+        model, targets.modules, targets.specs, parts.objective, parts.estimator, parts.gradient, token_mask="labels"
+    )
+    batch = {"input_ids": torch.zeros(samples, 2, dtype=torch.long), "labels": torch.tensor([[-100, 0]] * samples)}
+    found = capture.collect(task, [batch], generator=torch.Generator().manual_seed(seed)).of_layer("linear")
+    fisher = parts.estimator.fisher(found, damping=1e-24, damping_kind="relative", fisher_scale="token_mean")
+    return dense(fisher, found.spec)
+
+
+def test_sampled_labels_converge_to_the_dense_true_fisher_with_the_root_of_their_number() -> None:
+    model = Repeated(torch.Generator().manual_seed(2))
+    weight = model.linear.weight.detach()
+    scores = torch.func.jacrev(lambda w: torch.log_softmax(w @ model.x, 0))(weight).flatten(1)
+    expected = scores.T @ (torch.softmax(weight @ model.x, 0)[:, None] * scores)
+    assert relative(captured_fisher(model, "exact", 3, 0), expected) < 1e-10
+    draws = (16, 64, 256, 1024)
+    errors = torch.tensor(
+        [[relative(captured_fisher(model, "sampled", count, seed), expected) for seed in range(24)] for count in draws]
+    )
+    logs = errors.square().mean(1).sqrt().log()
+    slopes = logs.diff() / torch.tensor(draws).log().diff()
+    assert -0.6 < float(slopes.mean()) < -0.4
+    assert float(slopes.max()) < -0.3
+    assert float(logs[-1].exp()) < 0.1
 
 
 def test_ekfac_of_one_token_per_sample_is_exact_on_the_diagonal_of_its_basis() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -177,3 +178,17 @@ def test_gguf_becomes_a_plain_model(tmp_path, capfd):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert not hasattr(again.model.config, "quantization_config")
     assert again.tokenizer("Q: Who?\nA: Janet").input_ids == loaded.tokenizer("Q: Who?\nA: Janet").input_ids
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    removed = "model.layers.0.mlp.up_proj.weight"
+    del weights[removed]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=f"lacks 1 of the model's weights, the first is {removed}"):
+        load_model(copy, device="cpu")
+
+
+def test_meta_is_no_device():
+    with pytest.raises(OptionError, match="'meta' holds no values"):
+        load_model("anything", device="meta")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter
+from lora_da_core.probe import LowRankProbe
 
 Watch = Callable[[nn.Module], None]
 Batches = list[dict[str, torch.Tensor]]
@@ -170,6 +172,10 @@ SHORT = [{"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(
         (MASKED, LORA, lora_da_core.DataError, "all labels are masked in all 3 samples"),
         ([{"input_ids": torch.ones(1, 3, dtype=torch.long)}], LORA, lora_da_core.DataError, "batch 0 has no 'labels'"),
         (SHORT, LORA, lora_da_core.DataError, "2 tokens count for the Fisher, fewer than the rank 4"),
+        ([{"input_ids": [[1, 2]], "labels": [[1, 2]]}], LORA, lora_da_core.DataError, "labels of batch 0 are a list"),
+        ([{"labels": torch.ones(3, dtype=torch.long)}], LORA, lora_da_core.DataError, r"batch 0, of shape \(3,\)"),
+        (None, LoraConfig(r=4, target_modules="["), lora_da_core.TargetError, "unterminated character set"),
+        (None, LoraConfig(lora_alpha=0, target_modules=["q_proj"]), lora_da_core.TargetError, "scales layer .* by 0.0"),
         (None, LoraConfig(r=4, target_modules=["q_prj"]), lora_da_core.TargetError, "Closest: q_proj"),
         (
             None,
@@ -204,6 +210,12 @@ def test_bad_input_is_one_clear_error_and_the_model_is_as_found(
         ({"damping": -1}, "damping is -1"),
         ({"gamma": 0}, "gamma is 0"),
         ({"samples": 0}, "samples is 0"),
+        ({"samples": 2.5}, "samples is 2.5"),
+        ({"population": 0}, "population is 0"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"seed": 2**64}, r"below 2\*\*63"),
+        ({"seed": None}, "seed is None"),
+        ({"normalize": "no"}, "normalize is 'no'"),
         ({"token_mask": "prompt"}, "choose one of labels, attention"),
         ({"scale": "big"}, "choose one of auto, fixed"),
         ({"alpha": 0, "beta": 0}, "Ω would be zero"),
@@ -302,3 +314,104 @@ def test_one_estimate_serves_every_solver_rank_damping_and_scale(batches: Batche
             other.solve(estimates)
     with pytest.raises(lora_da_core.OptionError, match="other layers"):
         base.solve(estimates, LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def test_the_scale_does_not_depend_on_batching_or_on_samples_without_labels() -> None:
+    samples = make_samples(70)
+    samples.sort(key=lambda sample: -len(sample["input_ids"]))
+    found = []
+    for size in (1, 9, 70):
+        report = lora_da_core.build_pipeline().run(make_tiny_llama(torch.float64), make_batches(samples, size), LORA)
+        found.append(torch.tensor(report.report.scale["tried"], dtype=torch.float64))
+    for tried in found[1:]:
+        torch.testing.assert_close(tried, found[0])
+    masked = [sample for pair in zip(samples, samples, strict=True) for sample in pair]
+    for place, sample in enumerate(masked):
+        if place % 2 == 0:
+            masked[place] = {**sample, "labels": torch.full_like(sample["labels"], -100)}
+    report = lora_da_core.build_pipeline().run(make_tiny_llama(torch.float64), make_batches(masked, 1), LORA)
+    torch.testing.assert_close(torch.tensor(report.report.scale["tried"], dtype=torch.float64), found[0])
+
+
+def test_wrapping_leaves_the_global_generator_alone(batches: Batches) -> None:
+    before = torch.random.get_rng_state()
+    lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, batches)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_wrapped_model_gives_its_own_configuration_and_its_base(batches: Batches, model_unchanged: Watch) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
+    with torch.random.fork_rng(devices=[]):
+        peft_model = get_peft_model(make_tiny_llama(), lora)
+    model_unchanged(peft_model)
+    pipeline = lora_da_core.build_pipeline()
+    report = pipeline.run(peft_model, batches, lora).report
+    assert report.base == adapter.fingerprint(make_tiny_llama())
+    assert {layer.name.rsplit(".", 1)[-1] for layer in report.layers} == {"q_proj", "lm_head"}
+    with pytest.raises(lora_da_core.OptionError, match="r=4, the configuration 2; leave the configuration out"):
+        pipeline.run(peft_model, batches, LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(lora_da_core.TargetError, match="holds LoRA layers, but is no PeftModel"):
+        pipeline.run(peft_model.get_base_model(), batches, lora)
+
+
+def test_a_merged_adapter_is_refused_and_stays_merged(batches: Batches, model_unchanged: Watch) -> None:
+    peft_model = lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, batches)
+    peft_model.merge_adapter()
+    model_unchanged(peft_model)
+    with pytest.raises(lora_da_core.TargetError, match="unmerge_adapter"):
+        lora_da_core.build_pipeline().run(peft_model, batches)
+    assert all(layer.merged for layer in peft_model.modules() if hasattr(layer, "merged"))
+
+
+def test_a_probe_that_cannot_start_leaves_the_model_as_found(batches: Batches, model_unchanged: Watch) -> None:
+    @contextlib.contextmanager
+    def refuse() -> Iterator[None]:
+        raise RuntimeError("no base here")
+        yield
+
+    model = make_tiny_llama().train()
+    model_unchanged(model)
+    task = dataclasses.replace(lora_da_core.build_pipeline().estimate(model, batches, LORA).task, base_only=refuse)
+    probe = LowRankProbe(task, batches)
+    with pytest.raises(RuntimeError, match="no base here"):
+        probe.__enter__()
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_unconverged_spectral_norm_is_mended_reported_or_refused(
+    batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_da_core.operators import NegatedGram
+    from lora_da_solvers.lanczos import Lanczos
+
+    honest = Lanczos.smallest
+
+    def lazy(self: Any, operator: Any, rank: int, *, generator: torch.Generator) -> Any:
+        found = honest(self, operator, rank, generator=generator)
+        if isinstance(operator, NegatedGram):
+            found = dataclasses.replace(found, values=0.25 * found.values, converged=torch.zeros_like(found.converged))
+        return found
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    expected = lora_da_core.build_pipeline(solver="lanczos").run(make_tiny_llama(), batches, lora).report.layers[0]
+    monkeypatch.setattr(Lanczos, "smallest", lazy)
+
+    def run(choice: str) -> lora_da_core.LayerReport:
+        config = LoraDAConfig(scale="fixed", unconverged=choice)  # type: ignore[arg-type]
+        pipeline = lora_da_core.build_pipeline(solver="lanczos", config=config)
+        return pipeline.run(make_tiny_llama(), batches, lora).report.layers[0]
+
+    mended, warned = run("fallback"), run("warn")
+    assert mended.sigma == pytest.approx(expected.sigma, rel=1e-6)
+    assert mended.remedies == ("lanczos did not converge on σ; solved with eigh",)
+    assert warned.sigma == pytest.approx(0.5 * expected.sigma, rel=1e-6)
+    assert warned.remedies == ("lanczos did not converge on σ",)
+    with pytest.raises(lora_da_core.ConvergenceError, match=r"on σ of .*q_proj"):
+        run("error")
+
+
+def test_a_configuration_of_another_type_is_refused_at_once() -> None:
+    with pytest.raises(lora_da_core.OptionError, match="config is a dict"):
+        lora_da_core.build_pipeline(config={"alpha": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(lora_da_core.UnknownNameError, match="unknown estimator ''"):
+        lora_da_core.build_pipeline(estimator="")

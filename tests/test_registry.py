@@ -559,9 +559,20 @@ def test_a_faulty_gradient_is_named(
         name = "transposed"
         def gradient(self, statistics, spec, *, samples):
             return DenseMap(super().gradient(statistics, spec, samples=samples).to_dense()[:, :5])
+    class Infinite(Full):
+        '''Infinite.'''
+        name = "infinite"
+        def gradient(self, statistics, spec, *, samples):
+            return DenseMap(super().gradient(statistics, spec, samples=samples).to_dense() / 0.0)
+    class Blind(Full):
+        '''Blind.'''
+        name = "blind"
+        forward_only = True
+        def estimate(self, probe, specs, *, generator):
+            return 1 / 0
     @hookimpl
     def lora_da_gradient_estimators():
-        return [Faulty, Transposed]
+        return [Faulty, Transposed, Infinite, Blind]
     """
     site.install("faulty", source)
     model_unchanged(tiny_llama)
@@ -569,5 +580,78 @@ def test_a_faulty_gradient_is_named(
         PluginError, match=rf"gradient 'faulty' \(faulty 1\.2\) raised on layer {ANY_LAYER} in batch 0: V"
     ):
         run(tiny_llama, batches, gradient="faulty")
-    with pytest.raises(PluginError, match=rf"gave G of shape \(\d+, 5\) on {ANY_LAYER}, not"):
+    with pytest.raises(
+        PluginError, match=rf"'transposed' \(faulty 1\.2\) gave G of shape \(\d+, 5\) on layer {ANY_LAYER}"
+    ):
         run(tiny_llama, batches, gradient="transposed")
+    with pytest.raises(PluginError, match=rf"'infinite' \(faulty 1\.2\) gave G with NaN or Inf on layer {ANY_LAYER}"):
+        run(tiny_llama, batches, gradient="infinite")
+    with pytest.raises(PluginError, match=r"'blind' \(faulty 1\.2\) raised: ZeroDivisionError"):
+        run(tiny_llama, batches, gradient="blind")
+
+
+def test_a_faulty_objective_is_named(
+    site: Site,
+    tiny_llama: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    model_unchanged: Callable[[nn.Module], None],
+) -> None:
+    source = """
+    from lora_da_objectives.causal_lm import CausalLM
+    class Loss(CausalLM):
+        '''Raises in the loss.'''
+        name = "no-loss"
+        def losses(self, model, batch):
+            raise ValueError("no")
+    class Mask(CausalLM):
+        '''Raises in the mask.'''
+        name = "no-mask"
+        def token_mask(self, batch, spec, kind):
+            raise ValueError("no")
+    class Counts(CausalLM):
+        '''Counts wrongly.'''
+        name = "no-counts"
+        def label_counts(self, batch):
+            return super().label_counts(batch).sum()
+    @hookimpl
+    def lora_da_objectives():
+        return [Loss, Mask, Counts]
+    """
+    site.install("faulty", source)
+    model_unchanged(tiny_llama)
+    for name, message in {
+        "no-loss": r"objective 'no-loss' \(faulty 1\.2\) raised in batch 0: ValueError: no",
+        "no-mask": rf"objective 'no-mask' \(faulty 1\.2\) raised on layer {ANY_LAYER} in batch 0: ValueError: no",
+        "no-counts": "objective 'no-counts' counted labels of shape",
+    }.items():
+        with pytest.raises(PluginError, match=message):
+            run(tiny_llama, batches, objective=name)
+
+
+def test_a_preset_of_another_version_or_without_a_name_is_refused(site: Site) -> None:
+    source = """
+    from lora_da_core import Preset
+    @hookimpl
+    def lora_da_presets():
+        return [Preset("future", "", api_version=2), Preset("", ""), Preset("good", "")]
+    """
+    site.install("presets-of-others", source)
+    refused = records(kind="preset", status="failed")
+    assert {r["name"] for r in refused} == {"future", ""}
+    assert any("version 2" in r["reason"] for r in refused) and any("its name is ''" in r["reason"] for r in refused)
+    assert record(kind="preset", name="good")["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("tolerance", "small", "tolerance is 'small'; it must be of type float"),
+        ("max_applies", 1.5, "max_applies is 1.5; it must be of type int"),
+        ("max_applies", True, "max_applies is True; it must be of type int"),
+        ("block_size", "2", "block_size is '2'; it must be of type int or None"),
+    ],
+)
+def test_options_of_the_wrong_type(option: str, value: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        build_pipeline(solver=("lanczos", {option: value}))
+    assert build_pipeline(solver=("lanczos", {"block_size": None, "tolerance": 1e-3})).components.solver is not None

@@ -1,4 +1,4 @@
-"""Every solver on every spectrum, against scipy's dense eigh."""
+"""Every solver on every spectrum, against scipy's dense eigh; known failures are in test_solver_failures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_da_solvers.eigh import Eigh
 from lora_da_solvers.lanczos import Lanczos
 from lora_da_solvers.lobpcg import LOBPCG
 from lora_da_solvers.randomized_svd import RandomizedSVD
-from spectra import SPECTRA, Spectrum, TopHeavy, symmetric_matrix
+from spectra import SPECTRA, Spectrum, symmetric_matrix
 
 SOLVERS: dict[str, type[Solver[Any]]] = {
     solver.name: solver for solver in (Eigh, Lanczos, RandomizedSVD, Arpack, Davidson, LOBPCG)
@@ -192,32 +192,6 @@ def test_seed_is_used() -> None:
     spectrum = SPECTRA["no_gap"]
     operator = spectrum.build(torch.float64)
     assert not torch.equal(solve("lanczos", operator, 5, seed=0).vectors, solve("lanczos", operator, 5, seed=1).vectors)
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
-def test_lanczos_finds_more_copies_than_its_block_holds(block_size: int) -> None:
-    operator = SPECTRA["hidden_copies"].build(torch.float64)
-    result = solve("lanczos", operator, 8, block_size=block_size)
-    assert bool(result.converged)
-    assert_right(result, operator, 8, 1e-8)
-
-
-def test_verification_is_what_finds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the verification round residuals are small and the set is wrong: the failure it is there for."""
-    monkeypatch.setattr(lanczos._Run, "_verify", lambda run, candidate, effort: torch.tensor(True))
-    operator = SPECTRA["hidden_copies"].build(torch.float64)
-    result = solve("lanczos", operator, 8, block_size=2)
-    assert float(result.residuals.max()) < 1e-7
-    assert float(result.values.sum() - truth(operator)[:8].sum()) > 0.5
-
-
-def test_davidson_uses_the_preconditioner() -> None:
-    operator = SPECTRA["top_heavy"].build(torch.float64)
-    assert isinstance(operator, TopHeavy)
-    with_preconditioner = solve("davidson", operator, 8)
-    assert bool(with_preconditioner.converged) and with_preconditioner.applies < 50
-    without = solve("davidson", Dense(operator.matrix), 8, max_applies=50)
-    assert not bool(without.converged)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lora_da_core import LayerReport, RunReport, StorageError, storage
 
@@ -106,3 +107,28 @@ def test_a_damaged_report_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_report_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="lora-da init"):
         storage.read_report(tmp_path)
+
+
+def test_ctrl_c_between_the_two_renames_keeps_the_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 1})
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 2}, overwrite=True)
+    assert storage.read_settings(tmp_path / "run") == {"run": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_under_safetensors_is_a_storage_error(tmp_path: Path) -> None:
+    def full(directory: str) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        storage.save_run(tmp_path / "run", full, REPORT, settings={})
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from lora_da_core.ablation.comparison import (
     learning_rates,
     pareto,
 )
+from lora_da_core.report import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 MOST_CURVES: Final = 8
 """Configurations in the picture of loss curves: the best ones, and what they are compared to."""
+
+WIDE_RANGE: Final = 10.0
+"""From this ratio on, costs are drawn on a logarithmic axis."""
+
+SMALL_ANGLE: Final = 1.0
+"""Degrees; where the smallest angle is below it, angles are drawn on a logarithmic axis."""
 
 COSTS: Final = (
     ("seconds", 1.0, "time of the initialisation [s]"),
@@ -76,8 +83,8 @@ def loss_picture(found: Sequence[Configuration], baseline: str | None) -> bytes 
         if place >= len(rates):
             axes.set_visible(False)
             continue
-        for number, each in enumerate(shown):
-            _draw_curve(axes, each, rates[place], f"C{number % _COLOURS}", dashed=_is(each, baseline))
+        for order, each in enumerate(shown):
+            _draw_curve(axes, each, rates[place], f"C{order % _COLOURS}", dashed=_is(each, baseline))
         axes.set(title=f"learning rate {rates[place]:g}", xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.25, lw=0.5)
@@ -102,17 +109,22 @@ def _is(each: Configuration, baseline: str | None) -> bool:
 
 
 def _draw_costs(axes: Axes, shown: Sequence[Configuration], name: str, unit: float) -> None:
-    kinds = list(dict.fromkeys(_kind(each) for each in shown))
+    from matplotlib import colormaps
+
+    kinds = _kinds(shown)
+    names = list(dict.fromkeys(kinds))
+    palette = colormaps["tab10" if len(shown) <= _COLOURS else "tab20"]
+    colours = [palette(place) for place in range(palette.N)]
     points = []
     for place, each in enumerate(shown):
         point = (each.mean(name) / unit, math.degrees(each.mean("angle")))
         points.append(point)
-        kind = kinds.index(_kind(each))
+        kind = names.index(kinds[place])
         axes.plot(
             *point,
             ls="",
             marker=_MARKERS[kind % len(_MARKERS)],
-            color=f"C{place % _COLOURS}",
+            color=colours[place % len(colours)],
             ms=7,
             alpha=0.85,
             mec="black" if each.first["baseline"] else "none",
@@ -120,15 +132,25 @@ def _draw_costs(axes: Axes, shown: Sequence[Configuration], name: str, unit: flo
         )
     front = [points[place] for place in pareto(points)]
     axes.plot(*zip(*front, strict=True), ls="--", lw=1, color="grey", zorder=0)
-    if all(x > 0 for x, _ in points):
+    costs = [cost for cost, _ in points]
+    if 0 < WIDE_RANGE * min(costs) < max(costs):
         axes.set_xscale("log")
-    axes.set_ylim(-3, 93)
-    axes.set_yticks(range(0, 91, 15))
+        axes.xaxis.set_major_formatter(lambda cost, _: number(cost))
+        axes.xaxis.set_minor_formatter(lambda cost, _: "")
+    angles = [angle for _, angle in points]
+    if 0 < min(angles) < SMALL_ANGLE:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(-3, 93)
+        axes.set_yticks(range(0, 91, 15))
     axes.grid(alpha=0.25, lw=0.5)
 
 
-def _kind(each: Configuration) -> str:
-    return str(each.first["baseline"] or each.first["estimator"])
+def _kinds(shown: Sequence[Configuration]) -> list[str]:
+    """What the marker tells: the estimator, or the solver where all have the same estimator."""
+    estimators = {each.first["estimator"] for each in shown} - {None}
+    name = "estimator" if len(estimators) > 1 else "solver"
+    return [str(each.first["baseline"] or each.first[name]) for each in shown]
 
 
 def _draw_curve(axes: Axes, each: Configuration, rate: float, colour: str, *, dashed: bool) -> None:

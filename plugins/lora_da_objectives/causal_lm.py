@@ -158,11 +158,16 @@ def _logits(model: nn.Module, inputs: dict[str, Any], first: int) -> Tensor:
     get_head = getattr(model, "get_output_embeddings", None)
     head = None if get_head is None else get_head()
     # A hooked head is a target itself: it must see every position, as the token mask counts them.
-    if "logits_to_keep" in known and first > 0 and head is not None and not head._forward_hooks:
+    if "logits_to_keep" in known and first > 0 and head is not None and not _is_hooked(head):
         length = inputs["input_ids"].shape[1]
         positions = torch.arange(first, length, device=inputs["input_ids"].device)
         return _first_output(model(**inputs, logits_to_keep=positions))
     return _first_output(model(**inputs))[:, first:]
+
+
+def _is_hooked(head: nn.Module) -> bool:
+    """Whether somebody watches the head, or what PEFT has wrapped in it."""
+    return any(module._forward_hooks for module in head.modules())
 
 
 def _first_output(output: Any) -> Tensor:

@@ -24,6 +24,8 @@ _MARGIN = 0.8
 """Fraction of the tolerance to iterate to, so that rounding does not undo convergence."""
 _LEAST_STEPS = 3
 """Products that a verification round makes at least."""
+_LEAST_PROBE = 4
+"""Columns of a verification round's random block at least: one column alone can be nearly orthogonal to a copy."""
 _LEVEL = 1e-3
 """Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
 _ATTEMPTS = 4
@@ -74,7 +76,7 @@ class Lanczos(Solver[LanczosOptions]):
     def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:
         check_request(operator, rank)
         width = self.options.block_size or max(8, rank)
-        if operator.size < rank + 4 * max(width, rank):
+        if operator.size < rank + 4 * max(width, rank, _LEAST_PROBE):
             return dense_smallest(operator, rank)
         return _Run(operator, rank, width, self.options, generator).result()
 
@@ -103,10 +105,11 @@ class _Run:
         self.operator = operator
         self.rank = rank
         self.width = width
+        self.probe = max(width, _LEAST_PROBE)
         self.tolerance = relative_tolerance(options.tolerance, operator.dtype)
         self.budget = options.max_applies
-        capacity = min(rank + _KRYLOV_BLOCKS * max(width, rank), operator.size - width)
-        self.keep = min(rank + _KEPT_BLOCKS * width, capacity - width)
+        capacity = min(rank + _KRYLOV_BLOCKS * max(self.probe, rank), operator.size - self.probe)
+        self.keep = min(rank + _KEPT_BLOCKS * self.probe, capacity - self.probe)
         self.space = Subspace(operator, capacity, generator)
         self.next_value = torch.full(operator.batch_shape, torch.inf, dtype=torch.float64)
 
@@ -131,6 +134,8 @@ class _Run:
             verified = accurate & self._verify(candidate, space.applies - started)
             if bool(verified.all()) or last or space.applies >= self._iteration_budget:
                 break
+            # What the round found has as many inaccurate directions as its block had columns.
+            self.width = self.probe
             self._resume(self._candidate())
         unknown = torch.where(self.next_value.isinf(), torch.nan, self.next_value)
         return assemble(
@@ -148,11 +153,11 @@ class _Run:
         """Applies after which iteration stops, so that what has converged by then can still be verified."""
         return self.budget - self.budget // 4
 
-    def _advance(self) -> None:
-        """One Krylov step from the newest block; restarts the basis where it is full."""
+    def _advance(self, width: int) -> None:
+        """One Krylov step from the newest block, of that width; restarts the basis where it is full."""
         space = self.space
-        block = space.orthonormalise(space.products[..., space.filled - self.width :])
-        if space.filled + self.width > space.capacity:
+        block = space.orthonormalise(space.products[..., space.filled - width :])
+        if space.filled + width > space.capacity:
             space.restart(self.keep)
         space.append(block)
 
@@ -162,7 +167,7 @@ class _Run:
         while True:
             for _ in range(pause):
                 if self.space.applies < self._iteration_budget or self.space.filled < self.rank:
-                    self._advance()
+                    self._advance(self.width)
             before, worst = worst, self._worst_residual()
             if worst <= _MARGIN or self.space.applies >= self._iteration_budget:
                 return
@@ -210,10 +215,10 @@ class _Run:
         """
         space = self.space
         space.seed(candidate.vectors, candidate.products)
-        space.append(space.orthonormalise(space.random_block(self.width)))
+        space.append(space.orthonormalise(space.random_block(self.probe)))
         steps = 1
         while space.applies < self.budget and (steps < _LEAST_STEPS or (steps < effort and not self._separated())):
-            self._advance()
+            self._advance(self.probe)
             steps += 1
         self._note_next_value()
         fallen = candidate.values.sum(-1) - space.ritz().values[..., : self.rank].sum(-1)

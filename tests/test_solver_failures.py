@@ -1,0 +1,297 @@
+"""The ways in which eigensolvers fail on Ω, one after the other, each with its cure or with what is said of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import lora_da_core
+from lora_da_core import LoraDAConfig, LoraDAResult
+from lora_da_core.errors import ConvergenceError
+from lora_da_core.estimation import Estimates
+from lora_da_core.interfaces import Solver
+from lora_da_core.operators import Dense, DenseMap, SymmetricOperator
+from lora_da_core.solving import LayerSolution, LayerSolver
+from lora_da_core.types import EigenResult, FisherStatistics, LayerSpec
+from lora_da_estimators.identity import Identity
+from lora_da_solvers import _ritz, lanczos
+from lora_da_solvers.arpack import Arpack
+from lora_da_solvers.davidson import Davidson
+from lora_da_solvers.eigh import Eigh
+from lora_da_solvers.lanczos import Lanczos
+from lora_da_solvers.lobpcg import LOBPCG
+from lora_da_solvers.randomized_svd import RandomizedSVD
+from spectra import SPECTRA, TopHeavy, symmetric_matrix
+
+SOLVERS: dict[str, type[Solver[Any]]] = {
+    solver.name: solver for solver in (Eigh, Lanczos, RandomizedSVD, Arpack, Davidson, LOBPCG)
+}
+
+
+def solve(name: str, operator: SymmetricOperator, rank: int, seed: int = 0, **options: Any) -> EigenResult:
+    solver = SOLVERS[name]
+    return solver(solver.Options(**options)).smallest(operator, rank, generator=torch.Generator().manual_seed(seed))
+
+
+def eigenvalues(operator: SymmetricOperator) -> Tensor:
+    return torch.linalg.eigvalsh(operator.to_dense().double())
+
+
+def objective(operator: SymmetricOperator, vectors: Tensor) -> float:
+    """tr(UᵀΩU), in float64."""
+    vectors = vectors.double()
+    return float((vectors * (operator.to_dense().double() @ vectors)).sum())
+
+
+# 1. An eigenvalue with more copies than the block has columns.
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 4])
+def test_1_more_copies_than_the_block_holds_are_found(block_size: int) -> None:
+    """Whatever the random block of the verification round: one of a single column misses a copy now and then."""
+    operator = SPECTRA["hidden_copies"].build(torch.float64)
+    least = float(eigenvalues(operator)[:8].sum())
+    for seed in range(20):
+        result = solve("lanczos", operator, 8, seed=seed, block_size=block_size)
+        assert bool(result.converged)
+        assert objective(operator, result.vectors) == pytest.approx(least, rel=1e-12)
+
+
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_1_without_verification_small_residuals_belong_to_a_wrong_set(
+    monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
+    monkeypatch.setattr(lanczos._Run, "_verify", lambda run, candidate, effort: torch.tensor(True))
+    operator = SPECTRA["hidden_copies"].build(torch.float64)
+    result = solve("lanczos", operator, 8, block_size=block_size)
+    assert bool(result.converged) and float(result.residuals.max()) < 1e-7
+    least = float(eigenvalues(operator)[:8].sum())
+    assert objective(operator, result.vectors) > 0.9 * least, "both are negative: a tenth of the objective is lost"
+
+
+# 2. A gap below the tolerance: vectors are arbitrary, so objectives are what can be compared.
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_2_a_gap_below_the_tolerance_leaves_the_objective_right(name: str) -> None:
+    operator = nearly_equal(gap=1e-11)
+    result = solve(name, operator, 6)
+    assert bool(result.converged)
+    least = float(eigenvalues(operator)[:6].sum())
+    # A mixture of the two costs at most their gap; what lies outside them, at least 0.2 above, costs its square.
+    allowed = 2e-11 + float(result.residuals.square().sum()) / 0.2
+    assert objective(operator, result.vectors) == pytest.approx(least, abs=allowed)
+    if name in ("eigh", "lanczos", "davidson"):
+        assert float(result.next_value - result.values[-1]) < 1e-8, "the reported gap must warn of it"
+
+
+def test_2_a_gap_below_the_tolerance_leaves_the_vectors_to_chance() -> None:
+    # Rayleigh and Ritz mix vectors by the square of their residuals over their gap.
+    operator = nearly_equal(gap=1e-13)
+    runs = [solve("lanczos", operator, 6, seed=seed, tolerance=1e-4) for seed in range(4)]
+    assert all(bool(run.converged) for run in runs)
+    cosines = torch.stack([torch.linalg.svdvals(runs[0].vectors.mT @ run.vectors) for run in runs[1:]])
+    assert float(cosines[:, :5].min()) > 1 - 1e-6, "the separated five are the same"
+    assert float(cosines[:, 5].min()) < 0.9, "the sixth is not"
+    objectives = [objective(operator, run.vectors) for run in runs]
+    assert max(objectives) - min(objectives) < 1e-6
+
+
+def nearly_equal(gap: float) -> SymmetricOperator:
+    """λ_6 and λ_7 are `gap` of the norm apart, the others at least 0.2 from both."""
+    values = torch.cat([-torch.linspace(1, 0.7, 5), torch.tensor([-0.5, -0.5]), torch.linspace(-0.3, 1, 293)]).double()
+    values[6] += gap
+    return Dense(symmetric_matrix(values))
+
+
+# 3. Ω with a top far above what is wanted.
+
+
+def test_3_lanczos_does_not_converge_on_a_heavy_top_and_says_so() -> None:
+    operator = _top_heavy()
+    result = solve("lanczos", operator, 8, block_size=8, max_applies=1000)
+    assert result.applies >= 700, "it had thousands of products with single vectors"
+    assert not bool(result.converged)
+
+
+def test_3_davidson_converges_on_a_heavy_top() -> None:
+    operator = _top_heavy()
+    result = solve("davidson", operator, 8)
+    least = float(eigenvalues(operator)[:8].sum())
+    assert bool(result.converged)
+    assert result.applies * 8 <= 448
+    assert objective(operator, result.vectors) == pytest.approx(least, rel=1e-8)
+
+
+def test_3_the_preconditioner_is_what_davidson_converges_by() -> None:
+    assert not bool(solve("davidson", Dense(_top_heavy().matrix), 8, max_applies=50).converged)
+
+
+def _top_heavy() -> TopHeavy:
+    operator = SPECTRA["top_heavy"].build(torch.float64)
+    assert isinstance(operator, TopHeavy)
+    values = eigenvalues(operator)
+    assert float(values[0]) < 0 and float(values[-1] / -values[0]) > 1e4
+    assert float(eigenvalues(Dense(operator.variance))[-1]) == pytest.approx(3e4)
+    return operator
+
+
+class LookedUp(nn.Module):
+    """Logits Wx, W = 0, of inputs that are looked up by number."""
+
+    def __init__(self, rows: Tensor, classes: int) -> None:
+        super().__init__()
+        self.inputs = nn.Embedding.from_pretrained(rows)
+        self.linear = nn.Linear(rows.shape[1], classes, bias=False, dtype=rows.dtype)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        return (self.linear(self.inputs(input_ids)),)
+
+
+@pytest.fixture(scope="module")
+def heavy_layer() -> Estimates:
+    """A layer too large for the dense solver whose V spans six decades, and whose labels depend on Z's top.
+
+    Z is exactly Q diag(z) Qᵀ with z from 1 down to 1e-6, so with little damping V = tr(Y⁻¹)Z⁻¹ has condition 1e6;
+    the labels are the largest of twelve coordinates of x where z is largest: there Δ is more than noise.
+    """
+    size, classes, samples = 528, 12, 640
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(rows, size, dtype=torch.float64, generator=generator)).Q for rows in (samples, size)
+    )
+    rows = left * (samples * torch.logspace(0, -6, size, dtype=torch.float64)).sqrt() @ right.mT
+    ids = torch.stack([torch.arange(samples), torch.zeros(samples, dtype=torch.long)], dim=1)
+    labels = torch.stack([torch.full((samples,), -100), left[:, :classes].argmax(1)], dim=1)
+    lora = LoraConfig(r=8, target_modules=["linear"])
+    pipeline = lora_da_core.build_pipeline(config=HEAVY)
+    return pipeline.estimate(LookedUp(rows, classes), [{"input_ids": ids, "labels": labels}], lora)
+
+
+HEAVY = LoraDAConfig(scale="fixed", damping=1e-12, beta=1.0, population=18)
+"""A small population: the variance term outweighs the bias term by ‖cV‖/|λ_1| of more than 3e4."""
+
+
+def heaviness(estimates: Estimates) -> float:
+    """‖cV‖/|λ_1| of the layer, from dense matrices, with λ_1 below zero."""
+    (spec,) = estimates.task.specs
+    fisher = estimates.task.estimator.fisher(
+        estimates.statistics.of_layer("linear"),
+        damping=HEAVY.damping,
+        damping_kind=HEAVY.damping_kind,
+        fisher_scale=HEAVY.fisher_scale,
+    )
+    step = fisher.step(estimates.gradient(spec)).to_dense()
+    variance = fisher.inverse_input_trace().to_dense() * HEAVY.beta / float(HEAVY.population or 0)
+    return float(torch.linalg.matrix_norm(variance, 2) / -torch.linalg.eigvalsh(variance - step @ step.mT)[0])
+
+
+def solved(estimates: Estimates, solver: str, **config: Any) -> LoraDAResult:
+    return lora_da_core.build_pipeline(solver=solver, config=replace(HEAVY, **config)).solve(estimates)
+
+
+def test_3_a_heavy_top_goes_from_lanczos_to_davidson_and_converges(
+    heavy_layer: Estimates, caplog: pytest.LogCaptureFixture
+) -> None:
+    (layer,) = solved(heavy_layer, "auto").report.layers
+    assert heaviness(heavy_layer) > 3e4
+    assert layer.converged and layer.solver == "davidson"
+    assert layer.remedies == ("lanczos did not converge; solved with davidson",)
+    assert "solver 'lanczos' did not converge on linear: residual" in caplog.text
+    (exact,) = solved(heavy_layer, "eigh").report.layers
+    assert sum(layer.ritz_values) == pytest.approx(sum(exact.ritz_values), rel=1e-6)
+    assert layer.sigma == pytest.approx(exact.sigma, rel=1e-8)
+
+
+@pytest.mark.parametrize("choice", ["warn", "error"])
+def test_3_a_heavy_top_that_is_not_to_be_mended_is_reported(heavy_layer: Estimates, choice: str) -> None:
+    if choice == "error":
+        with pytest.raises(ConvergenceError, match="'lanczos' did not converge on linear"):
+            solved(heavy_layer, "auto", unconverged=choice)
+        return
+    (layer,) = solved(heavy_layer, "auto", unconverged=choice).report.layers
+    assert not layer.converged and layer.solver == "lanczos"
+    assert layer.remedies == ("lanczos did not converge",)
+
+
+# 4. float32, and what torch.lobpcg refuses.
+
+
+@pytest.mark.parametrize("name", ["lanczos", "randomized_svd", "arpack", "davidson"])
+def test_4_float32_is_not_asked_for_more_than_it_has(name: str) -> None:
+    operator = SPECTRA["power_law"].build(torch.float32)
+    result, least_asked = (solve(name, operator, 8, tolerance=tolerance) for tolerance in (1e-12, 5e-6))
+    assert bool(result.converged)
+    assert result.applies == least_asked.applies and torch.equal(result.vectors, least_asked.vectors)
+    assert float(result.residuals.max()) <= 5e-6 * float(eigenvalues(operator).abs().max())
+
+
+def test_4_float32_products_have_a_floor_of_residuals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the floor Lanczos spends its whole budget below it and does not get there."""
+    monkeypatch.setattr(_ritz, "FLOAT32_FLOOR", 0.0)
+    operator = SPECTRA["no_gap"].build(torch.float32)
+    result = solve("lanczos", operator, 5, tolerance=1e-12)
+    assert not bool(result.converged)
+    assert 1e-8 < float(result.residuals.max()) / float(eigenvalues(operator).abs().max()) < 5e-6
+
+
+@pytest.mark.parametrize("order", [3, 4, 8])
+def test_4_orders_that_torch_lobpcg_refuses_are_solved(order: int) -> None:
+    matrix = symmetric_matrix(torch.linspace(-1, 1, order, dtype=torch.float64))
+    with pytest.raises(ValueError, match="smaller than 3 x"):
+        torch.lobpcg(matrix, k=3, largest=False)
+    result = solve("lobpcg", Dense(matrix), 3)
+    assert bool(result.converged)
+    torch.testing.assert_close(result.values, eigenvalues(Dense(matrix))[:3], rtol=0, atol=1e-12)
+
+
+# 5. σ, the spectral norm of Δ_raw.
+
+
+def flat_gradient() -> Tensor:
+    """G, (out, in), whose singular values decay so slowly that a sketch of one column misses the first."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(300, 256, dtype=torch.float64, generator=generator)
+
+
+def layer_solution(solver: Solver[Any], gradient: Tensor, **config: Any) -> LayerSolution:
+    """The solution of a layer with J = I, so that Δ_raw = −Gᵀ."""
+    out_features, in_features = gradient.shape
+    spec = LayerSpec("layer", "linear", in_features, out_features, rank=4, scaling=1.0)
+    statistics = FisherStatistics(spec, {}, {"place": torch.zeros(0)}, samples=10, tokens=10)
+    registry = lora_da_core.build_pipeline().registry
+    settings = LoraDAConfig(damping=1.0, **config)
+    layers = LayerSolver(registry, Identity(Identity.Options()), solver, settings)
+    return layers.solve([layers.prepare(statistics, DenseMap(gradient))], population=10)[0]
+
+
+def test_5_a_randomised_sketch_of_one_column_underestimates_the_norm() -> None:
+    gradient = flat_gradient()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sketched = float(torch.svd_lowrank(gradient, q=1)[1])
+    assert sketched < 0.99 * float(torch.linalg.matrix_norm(gradient, 2))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_5_sigma_is_the_spectral_norm(name: str) -> None:
+    gradient = flat_gradient()
+    expected = float(torch.linalg.matrix_norm(gradient, 2))
+    solver = SOLVERS[name]
+    assert layer_solution(solver(solver.Options()), gradient).sigma == pytest.approx(expected, rel=1e-7)
+
+
+def test_5_sigma_that_did_not_converge_is_mended_to_the_norm() -> None:
+    gradient = flat_gradient()
+    hopeless = Lanczos(Lanczos.Options(max_applies=4))
+    expected = float(torch.linalg.matrix_norm(gradient, 2))
+    assert layer_solution(hopeless, gradient, unconverged="warn").sigma < 0.999 * expected
+    mended = layer_solution(hopeless, gradient)
+    assert mended.sigma == pytest.approx(expected, rel=1e-7)
+    assert "lanczos did not converge on σ; solved with eigh" in mended.remedies
