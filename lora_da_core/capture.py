@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.batches import labelled_part, to_device
+from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.errors import LoraDAError, ModelError, PluginError, TargetError
 from lora_da_core.interfaces import (
     Accumulator,
@@ -127,6 +127,8 @@ def collect(
     run = _Run(task, generator)
     done, total = 0, task.estimator.passes * len(batches)
     with prepared(task.model), task.base_only(), run.hooks():
+        if not task.needs_backward:
+            run.find_single_uses(batches)
         for index in range(task.estimator.passes):
             for number, batch in enumerate(batches):
                 run.batch(index, number, batch)
@@ -150,6 +152,24 @@ class _Run:
         self._pass = 0
         self._batch: TokenLedger | None = None
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False
+        self._counting = False
+        self._single_uses: frozenset[str] = frozenset()
+
+    def find_single_uses(self, batches: Sequence[Batch]) -> None:
+        """Runs one sample forward to see which layers are used once.
+
+        Without a backward pass nothing says when a layer's last use is over, so inputs would have to wait for the
+        batch's end; those of a layer that is used once need not.
+        """
+        part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
+        sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), self.task.device)
+        self._batch, self._counting = TokenLedger(1, {}, self.task.device), True
+        try:
+            with torch.no_grad(), self._blamed("objective"):
+                self.task.objective.losses(self.task.model, sample)
+            self._single_uses = frozenset(name for name, uses in self._batch.uses.items() if uses == 1)
+        finally:
+            self._batch, self._counting = None, False
 
     def _dtype(self, name: str) -> torch.dtype:
         weight = getattr(self.task.modules[name], "weight", None)
@@ -182,15 +202,16 @@ class _Run:
             tokens = self._batch
             if tokens is None or not args:
                 return None
+            if self.task.needs_backward and not torch.is_grad_enabled():
+                return None
+            tokens.uses[name] = tokens.uses.get(name, 0) + 1
+            if self._counting:
+                return None
             inputs = args[0]
             use = Use(name, tokens.input_of(inputs, name))
             if not self.task.needs_backward:
-                tokens.uses[name] = tokens.uses.get(name, 0) + 1
                 self._sink(use, inputs.detach(), None)
                 return None
-            if not torch.is_grad_enabled():
-                return None
-            tokens.uses[name] = tokens.uses.get(name, 0) + 1
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             tapped: Tensor = Tap.apply(output, inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
@@ -282,8 +303,14 @@ class _Run:
             return
         waiting = tokens.waiting.setdefault(use.layer, [])
         waiting.append((use, inputs, output_grads))
+        uses = tokens.uses[use.layer]
+        if use.layer in self._single_uses and uses > 1:
+            raise ModelError(
+                f"layer {use.layer} was used once in a first look and {uses} times in batch {self._number}; exclude it "
+                "with exclude_modules."
+            )
         # All uses of an example go to the accumulators in one call.
-        if len(waiting) == tokens.uses[use.layer] and self.task.needs_backward:
+        if len(waiting) == uses and (self.task.needs_backward or use.layer in self._single_uses):
             self._flush(use.layer)
 
     def _flush(self, name: str) -> None:

@@ -158,7 +158,7 @@ class Registry:
         if claims:
             choices = " or ".join(f"'{record.distribution}:{record.name}'" for record in claims)
             return f"{kind} {name!r} is claimed by {len(claims)} distributions. Say which: {choices}."
-        available = sorted(self.names(kind))
+        available = sorted([*self.names(kind), *(["auto"] if kind == "solver" else [])])
         close = difflib.get_close_matches(name, available, n=1)
         message = f"unknown {kind} {name!r}."
         message += f" Did you mean {close[0]!r}?" if close else ""

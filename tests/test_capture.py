@@ -246,3 +246,49 @@ def test_layers_that_share_only_some_of_their_inputs_are_refused(model_unchanged
         lora_da_core.build_pipeline().run(
             model, [{"input_ids": ids, "labels": ids}], LoraConfig(r=1, target_modules=["twice", "once"])
         )
+
+
+class Doubled(nn.Module):
+    """A layer used once, and one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.once = nn.Linear(6, 6)
+        self.twice = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+        hidden = self.twice(torch.tanh(self.twice(torch.tanh(self.once(self.embed(input_ids))))))
+        return (self.head(hidden),)
+
+
+def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not_pile_up() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = Doubled().double()
+    ids = torch.randint(0, 11, (6, 7), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": ids[:2], "labels": ids[:2]}, {"input_ids": ids[2:], "labels": ids[2:]}]
+    lora = LoraConfig(r=2, target_modules=["once", "twice"])
+    estimator = ("kfac", {"output": "identity"})
+    forward = lora_da_core.build_pipeline(estimator=estimator, gradient="zeroth_order").components
+    backward = lora_da_core.build_pipeline(estimator=estimator).components
+    targets = resolve_targets(model, lora)
+    found = {}
+    for label, parts in {"forward": forward, "backward": backward}.items():
+        task = CaptureTask(
+            model, targets.modules, targets.specs, parts.objective, parts.estimator, parts.gradient, "attention"
+        )
+        run = capture._Run(task, torch.Generator())
+        if label == "forward":
+            assert not task.needs_backward
+            with run.hooks():
+                run.find_single_uses(batches)
+            assert run._single_uses == {"once"}
+        found[label] = capture.collect(task, batches, generator=torch.Generator())
+    for name in ("once", "twice"):
+        theirs = found["backward"].of_layer(name)
+        ours = found["forward"].of_layer(name)
+        assert ours.tokens == theirs.tokens == ids.numel() * (1 if name == "once" else 2)
+        for key, value in theirs.input.items():
+            torch.testing.assert_close(ours.input[key], value)
