@@ -102,7 +102,7 @@ class LayerReport:
         sigma: ‖Δ_raw‖₂, the spectral norm of the unnormalised Fisher-gradient step.
         ritz_values: The r smallest eigenvalues of Ω, ascending.
         gap: λ_{r+1} − λ_r of Ω, from the Ritz estimate of λ_{r+1}; NaN where the solver does not know it.
-        residual: Largest ‖Ωu − λu‖ relative to ‖Ω‖.
+        residual: Largest ‖Ωu − λu‖ relative to the largest wanted |λ|, which is at most ‖Ω‖.
         converged: Whether the solver reached its tolerance.
         solver: Name of the solver that gave the result.
         applies: Block products with Ω.
