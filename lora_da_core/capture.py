@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
-from lora_da_core.errors import LoraDAError, ModelError, PluginError, TargetError
+from lora_da_core.blame import blamed
+from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import (
     Accumulator,
     Component,
@@ -373,21 +374,15 @@ class _Run:
             )
         return layer.group
 
-    @contextlib.contextmanager
-    def _blamed(self, kind: Literal["estimator", "gradient", "objective"], layer: str | None = None) -> Iterator[None]:
+    def _blamed(
+        self, kind: Literal["estimator", "gradient", "objective"], layer: str | None = None
+    ) -> AbstractContextManager[None]:
         """What a plugin's code raises becomes an error that names it, the layer and the batch."""
-        try:
-            yield
-        except (LoraDAError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            component: Component[Any] = getattr(self.task, kind)
-            origin = f" ({self.task.origins[kind]})" if kind in self.task.origins else ""
-            place = "" if layer is None else f" on layer {layer}"
-            batch = "" if self._number is None else f" in batch {self._number}"
-            raise PluginError(
-                f"{kind} {component.name!r}{origin} raised{place}{batch}: {type(error).__name__}: {error}"
-            ) from error
+        component: Component[Any] = getattr(self.task, kind)
+        origin = f" ({self.task.origins[kind]})" if kind in self.task.origins else ""
+        place = "" if layer is None else f" on layer {layer}"
+        batch = "" if self._number is None else f" in batch {self._number}"
+        return blamed(f"{kind} {component.name!r}{origin}", place + batch)
 
     def end_pass(self, index: int) -> None:
         """Closes a pass: every layer must have run, and accumulators see the sums."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lora_da_core import capture
+from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress, Statistics
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import DataError, LoraDAError, PluginError
@@ -79,14 +80,8 @@ class Estimates:
     def _named(self) -> str:
         return _named_gradient(self.task)
 
-    @contextlib.contextmanager
-    def _blamed(self, spec: LayerSpec) -> Iterator[None]:
-        try:
-            yield
-        except (LoraDAError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise PluginError(f"{self._named} raised on layer {spec.name}: {type(error).__name__}: {error}") from error
+    def _blamed(self, spec: LayerSpec) -> AbstractContextManager[None]:
+        return blamed(self._named, f" on layer {spec.name}")
 
 
 def estimate(

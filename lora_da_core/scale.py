@@ -27,11 +27,6 @@ class LineSearch:
     base_loss: float
     tried: tuple[tuple[float, float], ...]
 
-    @property
-    def loss(self) -> float:
-        """The loss at the chosen multiplier."""
-        return dict(self.tried).get(self.multiplier, self.base_loss)
-
 
 def line_search(loss: Callable[[float], float]) -> LineSearch:
     """Finds a multiplier near the minimum of `loss` by powers of two and one parabola through the best three.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_da_core.blame import blamed
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.errors import ConvergenceError, LoraDAError, OptionError, PluginError
+from lora_da_core.errors import ConvergenceError, OptionError, PluginError
 from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
 from lora_da_core.omega import Subspace, formed, omega, subspace
 from lora_da_core.operators import LinearMap, NegatedGram, Stacked, SymmetricOperator
@@ -269,16 +270,8 @@ class LayerSolver:
     def _named(self, kind: str, component: Any) -> str:
         return f"{kind} {component.name!r} ({self.registry.origin(kind, type(component))})"
 
-    @contextlib.contextmanager
-    def _blamed(self, kind: str, component: Any, layer: str) -> Iterator[None]:
-        try:
-            yield
-        except (LoraDAError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"{self._named(kind, component)} raised on layer {layer}: {type(error).__name__}: {error}"
-            ) from error
+    def _blamed(self, kind: str, component: Any, layer: str) -> AbstractContextManager[None]:
+        return blamed(self._named(kind, component), f" on layer {layer}")
 
 
 def _member(result: EigenResult, index: int) -> EigenResult:
