@@ -25,8 +25,8 @@ from lora_da_core.interfaces import (
     Objective,
 )
 from lora_da_core.modes import first_non_finite_module, prepared
-from lora_da_core.operators import accumulation_dtype
-from lora_da_core.taps import InputRecord, Tap, TokenLedger, Use
+from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.taps import InputRecord, Tap, TokenLedger, Use, with_change
 from lora_da_core.types import Batch, FisherStatistics, LayerSpec, TokenMask
 
 Progress = Callable[[str, int, int], None]
@@ -92,11 +92,18 @@ class CaptureTask:
     """Within it the model computes the base function, whatever adapters it carries."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Distribution and version by kind of component, for error messages."""
+    changes: Mapping[str, LinearMap] = field(default_factory=dict)
+    """By layer, what is added to its weights (out, in) while the model runs; no weight is touched."""
 
     @property
     def device(self) -> torch.device:
         """Where batches go: the device of the model's first parameter."""
         return next(self.model.parameters()).device
+
+    def device_of(self, layer: str) -> torch.device:
+        """Where a layer's weights lie, and its sums with them."""
+        parameter = next(self.modules[layer].parameters(), None)
+        return self.device if parameter is None else parameter.device
 
     @property
     def needs_backward(self) -> bool:
@@ -164,7 +171,7 @@ class _Run:
         """
         part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
         sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), self.task.device)
-        self._batch, self._counting = TokenLedger(1, {}, self.task.device), True
+        self._batch, self._counting = TokenLedger(1, self._mask_of(sample), self.task.device), True
         try:
             with torch.no_grad(), self._blamed("objective"):
                 self.task.objective.losses(self.task.model, sample)
@@ -176,12 +183,8 @@ class _Run:
         weight = getattr(self.task.modules[name], "weight", None)
         return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
 
-    def _device(self, name: str) -> torch.device:
-        parameter = next(self.task.modules[name].parameters(), None)
-        return self.task.device if parameter is None else parameter.device
-
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
-        device, dtype = self._device(spec.name), self._dtype(spec.name)
+        device, dtype = self.task.device_of(spec.name), self._dtype(spec.name)
         with self._blamed("estimator", spec.name):
             fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
         if self.task.gradient.forward_only:
@@ -198,21 +201,25 @@ class _Run:
                 stack.callback(handle.remove)
             yield
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def tap(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        change = self.task.changes.get(name)
+
+        def tap(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             tokens = self._batch
+            if change is not None:
+                output = with_change(output, args[0], change)
             if tokens is None or not args:
-                return None
+                return output
             if self.task.needs_backward and not torch.is_grad_enabled():
-                return None
+                return output
             tokens.uses[name] = tokens.uses.get(name, 0) + 1
             if self._counting:
-                return None
+                return output
             inputs = args[0]
             use = Use(name, tokens.input_of(inputs, name))
             if not self.task.needs_backward:
                 self._sink(use, inputs.detach(), None)
-                return None
+                return output
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             tapped: Tensor = Tap.apply(output, inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
@@ -227,10 +234,7 @@ class _Run:
             return
         samples = len(part["labels"])
         self._pass, self._number = index, number
-        masks = {}
-        for name, spec in self.specs.items():
-            with self._blamed("objective", name):
-                masks[name] = task.objective.token_mask(part, spec, task.token_mask)
+        mask_of = self._mask_of(part)
         first, drawn = index == 0, task.estimator.labels != "empirical"
         if first:
             self.statistics.samples += samples
@@ -238,7 +242,7 @@ class _Run:
         on_device = to_device(part, task.device)
         self._takes_gradient = first and not task.gradient.forward_only
         self._takes_inputs, self._takes_fisher = True, not drawn
-        losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, masks, number)
+        losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, mask_of, number)
         if first:
             self.statistics.loss_sum += float(losses.detach().double().sum())
         if drawn and task.estimator.needs_output_grads:
@@ -246,24 +250,40 @@ class _Run:
             self._takes_fisher = True
             draws = task.objective.fisher_losses(task.model, on_device, task.estimator.labels, generator=self.generator)
             for draw in draws:
-                self._differentiate(draw, samples, masks, number)
+                self._differentiate(draw, samples, mask_of, number)
+
+    def _mask_of(self, part: Batch) -> Callable[[str, int], Tensor]:
+        """The token masks of a batch, by layer and tokens per sample; the objective is asked once for each."""
+        known: dict[tuple[str, int], Tensor] = {}
+
+        def mask_of(name: str, tokens: int) -> Tensor:
+            if (name, tokens) not in known:
+                with self._blamed("objective", name):
+                    known[name, tokens] = self.task.objective.token_mask(
+                        part, self.specs[name], self.task.token_mask, tokens
+                    )
+            return known[name, tokens]
+
+        return mask_of
 
     def _differentiate(
-        self, losses_of: Callable[[], Tensor], samples: int, masks: Mapping[str, Tensor], number: int
+        self, losses_of: Callable[[], Tensor], samples: int, mask_of: Callable[[str, int], Tensor], number: int
     ) -> Tensor:
-        self._batch = TokenLedger(samples, masks, self.task.device)
+        self._batch = TokenLedger(samples, mask_of, self.task.device)
         try:
             with torch.set_grad_enabled(self.task.needs_backward):
                 with self._blamed("objective"):
                     losses = losses_of()
-                if losses.shape != (samples,):
+                if not isinstance(losses, Tensor) or losses.shape != (samples,):
+                    returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses)}"
                     raise PluginError(
-                        f"objective {self.task.objective.name!r} returned losses of shape {tuple(losses.shape)} "
+                        f"objective {self.task.objective.name!r} returned losses of {returned} "
                         f"for {samples} samples in batch {number}; it must be one loss per sample."
                     )
                 if not bool(losses.isfinite().all()):
                     raise self._not_finite(losses_of, losses, number)
                 if self.task.needs_backward:
+                    self._check_graph(losses)
                     losses.sum().backward()  # type: ignore[no-untyped-call]
             for name in list(self._batch.waiting):
                 self._flush(name)
@@ -271,6 +291,17 @@ class _Run:
             return losses
         finally:
             self._batch = None
+
+    def _check_graph(self, losses: Tensor) -> None:
+        assert self._batch is not None
+        if losses.requires_grad:
+            return
+        if not self._batch.uses:
+            raise TargetError(f"no targeted layer ran in batch {self._number}; give data that reaches them.")
+        raise PluginError(
+            f"objective {self.task.objective.name!r} returned losses without a graph in batch {self._number}, "
+            "so they cannot be differentiated; it must not detach what the model computed."
+        )
 
     def _not_finite(self, losses_of: Callable[[], Tensor], losses: Tensor, number: int) -> ModelError:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -318,13 +349,9 @@ class _Run:
         assert self._batch is not None
         tokens = self._batch
         uses = tokens.waiting.pop(name)
-        inputs = (
-            torch.cat([tokens.flat(x, name) for _, x, _ in uses]) if len(uses) > 1 else tokens.flat(uses[0][1], name)
-        )
+        inputs = tokens.flat([x for _, x, _ in uses], name)
         grads = [g for _, _, g in uses if g is not None]
-        output_grads = torch.cat([tokens.flat(g, name) for g in grads]) if len(grads) > 1 else None
-        if len(grads) == 1:
-            output_grads = tokens.flat(grads[0], name)
+        output_grads = tokens.flat(grads, name) if grads else None
         if output_grads is not None:
             tokens.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))
         self._accumulate(name, [use.input for use, _, _ in uses], inputs, output_grads)
@@ -363,7 +390,7 @@ class _Run:
             if leader not in self.groups:
                 with self._blamed("estimator", leader):
                     accumulator = self.task.estimator.input_accumulator(
-                        self.specs[leader], device=self._device(leader), dtype=self._dtype(leader)
+                        self.specs[leader], device=self.task.device_of(leader), dtype=self._dtype(leader)
                     )
                 self.groups[leader] = InputGroup(leader, accumulator)
             layer.group = self.groups[leader]

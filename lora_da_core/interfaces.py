@@ -238,8 +238,19 @@ class Objective(Component[OptionsT]):
         """How many labels each sample's loss averages over, (samples,); 0 says there is nothing to learn."""
 
     @abstractmethod
-    def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask) -> Tensor:
-        """Which of the layer's tokens count for the Fisher, bool (samples, tokens)."""
+    def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask, tokens: int) -> Tensor:
+        """Which of the layer's tokens count for the Fisher.
+
+        Args:
+            batch: The batch, every sample with a label.
+            spec: The layer.
+            kind: Those that predict a label, or all that the attention mask keeps.
+            tokens: How many tokens of each sample the layer has just seen: those of the text, the patches of an
+                image, those of one side of an encoder-decoder, or 1 where samples are pooled.
+
+        Returns:
+            bool (samples, tokens); another shape says that the layer's tokens are not known, and is refused.
+        """
 
     def fisher_losses(
         self, model: nn.Module, batch: Batch, labels: LabelKind, *, generator: torch.Generator

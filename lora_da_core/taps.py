@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.errors import ModelError
+from lora_da_core.operators import LinearMap
 
 
 @dataclass
@@ -47,12 +48,30 @@ class Tap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-class TokenLedger:
-    """Which tokens the current forward pass has, whose they are, and which count."""
+def with_change(output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
+    """A layer's output as it were with weights W + change.
 
-    def __init__(self, samples: int, masks: Mapping[str, Tensor], device: torch.device) -> None:
+    Args:
+        output: (…, out), the layer's own.
+        inputs: (…, in).
+        change: (out, in).
+
+    Returns:
+        (…, out), in the output's dtype.
+    """
+    rows = inputs.flatten(0, -2).to(change.dtype)
+    return output + change.apply_to_rows(rows).reshape(output.shape).to(output.dtype)
+
+
+class TokenLedger:
+    """Which tokens the current forward pass has, whose they are, and which count.
+
+    `mask_of` gives the token mask of a layer, by its name and how many tokens of each sample it sees.
+    """
+
+    def __init__(self, samples: int, mask_of: Callable[[str, int], Tensor], device: torch.device) -> None:
         self.samples = samples
-        self.masks = masks
+        self.mask_of = mask_of
         self.device = device
         self.uses: dict[str, int] = {}
         self.waiting: dict[str, list[tuple[Use, Tensor, Tensor | None]]] = {}
@@ -70,20 +89,26 @@ class TokenLedger:
         self._inputs[id(inputs)] = (weakref.ref(inputs), record)
         return record
 
-    def flat(self, tensor: Tensor, name: str) -> Tensor:
-        """(samples, …, features) to (tokens, features)."""
-        flat = tensor.detach().flatten(0, -2)
-        if len(flat) % self.samples:
+    def flat(self, uses: Sequence[Tensor], name: str) -> Tensor:
+        """(samples, …, features) of each use of a layer to (tokens, features) of all, use by use."""
+        flat = [use.detach().flatten(0, -2) for use in uses]
+        counts = sorted({len(use) for use in flat})
+        if len(counts) > 1:
             raise ModelError(
-                f"layer {name} saw {len(flat)} tokens in a batch of {self.samples} samples, so they cannot be told "
+                f"layer {name} is used {len(uses)} times, on {counts} tokens of a batch; uses of different lengths are "
+                "not supported. Exclude it with exclude_modules."
+            )
+        if counts[0] % self.samples:
+            raise ModelError(
+                f"layer {name} saw {counts[0]} tokens in a batch of {self.samples} samples, so they cannot be told "
                 "apart by sample. Exclude it with exclude_modules."
             )
-        return flat
+        return torch.cat(flat) if len(flat) > 1 else flat[0]
 
     def examples_and_mask(self, name: str, tokens: int, uses: int) -> tuple[Tensor, Tensor | None]:
         """Each token's sample (tokens·uses,) and the indices of those that count, None where all do."""
-        mask = self.masks[name]
-        if mask.numel() != tokens:
+        mask = self.mask_of(name, tokens // self.samples)
+        if tuple(mask.shape) != (self.samples, tokens // self.samples):
             raise ModelError(
                 f"layer {name} saw {tokens} tokens where the token mask has {tuple(mask.shape)}; "
                 "exclude it with exclude_modules."

@@ -18,7 +18,8 @@ from lora_da_core import LoraDAConfig, capture
 from lora_da_core.adapter import resolve_targets
 from lora_da_core.capture import CaptureTask, Statistics
 from lora_da_core.interfaces import NoOptions
-from lora_da_objectives.causal_lm import ENUMERABLE, CausalLM
+from lora_da_objectives._likelihood import ENUMERABLE
+from lora_da_objectives.causal_lm import CausalLM
 from toy_oracle import CASES, PARAMETER_SETS, Case, load
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 12, "vocab_size": 7}

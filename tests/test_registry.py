@@ -606,7 +606,7 @@ def test_a_faulty_objective_is_named(
     class Mask(CausalLM):
         '''Raises in the mask.'''
         name = "no-mask"
-        def token_mask(self, batch, spec, kind):
+        def token_mask(self, batch, spec, kind, tokens):
             raise ValueError("no")
     class Counts(CausalLM):
         '''Counts wrongly.'''
