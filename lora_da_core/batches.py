@@ -87,20 +87,34 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
-def first_samples(batches: Iterable[Batch], samples: int | None) -> list[Batch]:
-    """The batches up to `samples` samples; the last one is cut where needed."""
-    taken: list[Batch] = []
-    left = float("inf") if samples is None else samples
+def first_samples(batches: Iterable[Batch], samples: int | None, beyond: int = 0) -> tuple[list[Batch], list[Batch]]:
+    """The batches up to `samples` samples, and those of the samples that follow; batches are cut where needed.
+
+    Args:
+        batches: Any batches; what is no mapping of tensors is passed on as it is.
+        samples: How many; None takes all, and nothing follows.
+        beyond: How many more at most.
+
+    Returns:
+        Both parts, the second shorter or empty where there are no more samples.
+    """
+    if samples is None:
+        return list(batches), []
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    wanted = [samples, beyond]
     for batch in batches:
-        if left <= 0:
+        if not any(wanted):
             break
-        if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-            size = len(batch["labels"])
-            taken.append(batch if size <= left else take_rows(batch, torch.arange(int(left))))
-            left -= size
-        else:
-            taken.append(batch)
-    return taken
+        if not (isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)):
+            parts[0 if wanted[0] else 1].append(batch)
+            continue
+        start, size = 0, len(batch["labels"])
+        for place, part in enumerate(parts):
+            count = min(wanted[place], size - start)
+            if count:
+                part.append(batch if count == size else take_rows(batch, torch.arange(start, start + count)))
+                start, wanted[place] = start + count, wanted[place] - count
+    return parts
 
 
 def spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
@@ -120,3 +134,33 @@ def spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
             taken.append(batch if len(rows) == stop - start else take_rows(batch, rows))
         start = stop
     return taken
+
+
+def divided(batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
+    """Every `parts`-th sample to the same part, so that each holds long and short ones, however they are batched.
+
+    Args:
+        batches: Batches with labels.
+        parts: At least 1.
+
+    Returns:
+        The batches of each part.
+
+    Raises:
+        DataError: There are fewer samples than parts.
+    """
+    if parts == 1:
+        return [list(batches)]
+    total = sum(len(batch["labels"]) for batch in batches)
+    if total < parts:
+        raise DataError(f"{total} samples cannot be divided over rounds={parts}; give more samples or fewer rounds.")
+    found: list[list[Batch]] = [[] for _ in range(parts)]
+    start = 0
+    for batch in batches:
+        size = len(batch["labels"])
+        for part, taken in enumerate(found):
+            rows = torch.arange((part - start) % parts, size, parts)
+            if len(rows):
+                taken.append(take_rows(batch, rows))
+        start += size
+    return found

@@ -1,4 +1,4 @@
-"""The command line, `lora-da`: init, inspect, verify, plugins, ablate."""
+"""The command line, `lora-da`: init, plan, inspect, verify, plugins, ablate."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from lora_da_core.ablation.command import AblateOptions, ablate
 from lora_da_core.cli_options import InitOptions, command_of, module_names
+from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.errors import LoraDAError, OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -132,9 +133,12 @@ def _init(options: InitOptions) -> None:
     from lora_da_core import adapter, data, models, storage
     from lora_da_core.progress import note, shown_progress
     from lora_da_core.report import plot_spectra
+    from lora_da_core.sizing import SEARCH_SAMPLES
 
     try:
         storage.check_output(options.output, overwrite=options.overwrite)
+        if options.cache_dir is not None:
+            storage.check_writable(options.cache_dir)
     except StorageError as error:
         raise OptionError(str(error)) from error
     pipeline = _pipeline(options)
@@ -143,6 +147,7 @@ def _init(options: InitOptions) -> None:
         max_length=options.max_length,
         samples=options.samples,
         seed=options.seed,
+        beyond=SEARCH_SAMPLES,
     )
     if options.batch_size is not None and options.batch_size < 1:
         raise OptionError(f"batch_size is {options.batch_size}; it must be at least 1.")
@@ -168,9 +173,14 @@ def _init(options: InitOptions) -> None:
         notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
     for sentence in notes:
         note(log, sentence)
-    batches = data.batches(samples.samples, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
+    pipeline.config = replace(pipeline.config, samples=len(samples.samples))
+    batches = [
+        batch
+        for part in (samples.samples, samples.unseen)
+        for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
+    ]
     with shown_progress(log) as on_progress:
-        result = pipeline.run(loaded.model, batches, lora, on_progress=on_progress)
+        result = pipeline.run(loaded.model, batches, lora, on_progress=on_progress, cache_dir=options.cache_dir)
     report = replace(result.report, notes=(*notes, *result.report.notes))
     peft_model = adapter.apply(loaded.model, lora, result.factors)
     storage.save_run(
@@ -202,6 +212,12 @@ def _pipeline(options: InitOptions) -> Pipeline:
 
 
 app.command("init")(command_of(InitOptions, _init))
+
+
+# plan
+
+
+app.command("plan")(command_of(PlanOptions, plan))
 
 
 # inspect

@@ -15,7 +15,7 @@ import typer
 
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.types import DampingKind, FisherScale, TokenMask
+from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
 
 OptionsT = TypeVar("OptionsT")
 
@@ -76,6 +76,15 @@ class InitOptions:
         ),
     ] = None
     overwrite: Annotated[bool, _option(_IO, "Replace an earlier run in the output directory.", "--overwrite")] = False
+    cache_dir: Annotated[
+        Path | None,
+        _option(
+            _IO,
+            "Directory that keeps statistics between runs: another run on the same model and data that changes only "
+            "solver, rank, α, β, damping, N or scale makes no pass for them.",
+            show_default="none",
+        ),
+    ] = None
     plot: Annotated[bool, _option(_IO, "Also save spectra.png, the spectra and residuals.", "--plot")] = False
 
     rank: Annotated[int, _option(_LORA, "Rank r of the adapter.")] = 8
@@ -87,8 +96,17 @@ class InitOptions:
     exclude_modules: Annotated[
         str | None, _option(_LORA, "Layers to leave out: comma-separated list or regex.", show_default="none")
     ] = None
+    unsupported: Annotated[
+        str | None,
+        _preset(
+            _LORA,
+            "Where a targeted layer cannot be initialised: stop, or leave it at PEFT's own initialisation.",
+            "unsupported",
+            Unsupported,
+        ),
+    ] = None
 
-    samples: Annotated[int, _option(_TEXT, "Samples to draw from the data set, without replacement.")] = 256
+    samples: Annotated[int, _option(_TEXT, "Samples to draw from the data set, without replacement.")] = 64
     split: Annotated[str, _option(_TEXT, "Split of the data set; slices such as 'train[:1000]' work.")] = "train"
     prompt_template: Annotated[
         str | None,
@@ -108,7 +126,8 @@ class InitOptions:
     ] = None
 
     preset: Annotated[
-        str, _option(_PARTS, "Setting that fills whatever is not given: 'robust', 'paper', or a plugin's.")
+        str,
+        _option(_PARTS, "Setting that fills whatever is not given: robust, paper, lora_one, spectral, or a plugin's."),
     ] = "robust"
     estimator: Annotated[str | None, _option(_PARTS, "Fisher estimator.", show_default="the preset's")] = None
     estimator_option: Annotated[
@@ -152,6 +171,23 @@ class InitOptions:
     gamma: Annotated[float | None, _preset(_OMEGA, "γ > 0 of a fixed scale; giving it fixes the scale.", "gamma")] = (
         None
     )
+    balance: Annotated[
+        str | None,
+        _preset(
+            _OMEGA,
+            "What A is scaled to, scale=auto: a default LoRA's A·x, its norm, or half of the step.",
+            "balance",
+            Balance,
+        ),
+    ] = None
+    spectrum: Annotated[
+        str | None,
+        _preset(_OMEGA, "The step's singular values, scale=auto: as they are, or all alike.", "spectrum", Spectrum),
+    ] = None
+    rounds: Annotated[
+        int | None,
+        _preset(_OMEGA, "How often to estimate, each time where the step so far leads, scale=auto.", "rounds"),
+    ] = None
     normalize: Annotated[bool | None, _preset(_OMEGA, "Divide Δ by its spectral norm σ, or not.", "normalize")] = None
 
     damping: Annotated[
@@ -204,26 +240,8 @@ class InitOptions:
         return replace(preset.config, **{name: value for name, value in given.items() if value is not None})
 
     def component(self, kind: str, preset: Preset) -> ComponentChoice:
-        """The component of a kind, with its options: what was given, on top of the preset's.
-
-        Args:
-            kind: `estimator`, `gradient` or `solver`.
-            preset: The preset that is named here.
-
-        Returns:
-            What `build_pipeline` takes.
-
-        Raises:
-            OptionError: An option is not KEY=VALUE, or options are given for an automatic choice.
-        """
-        choice: ComponentChoice = getattr(preset, kind)
-        default, standing = (choice, {}) if isinstance(choice, str) else choice
-        name: str = default if getattr(self, kind) is None else getattr(self, kind)
-        given = _pairs(f"--{kind}-option", getattr(self, f"{kind}_option") or ())
-        options = {**(standing if name == default else {}), **given}
-        if name == "auto" and options:
-            raise OptionError(f"--{kind}-option needs --{kind}: an automatic choice takes no options.")
-        return (name, options) if options else name
+        """The component of a kind, as `component_choice` reads it."""
+        return component_choice(self, kind, preset)
 
     def recorded(self) -> dict[str, Any]:
         """The options as JSON values, such that `--config` takes them again."""
@@ -233,6 +251,30 @@ class InitOptions:
             for name, value in values.items()
             if name not in _NOT_RECORDED and value != []
         }
+
+
+def component_choice(options: object, kind: str, preset: Preset) -> ComponentChoice:
+    """The component of a kind, with its options: what was given, on top of the preset's.
+
+    Args:
+        options: Options with a field of that name, such as `estimator`, and one for its options, `estimator_option`.
+        kind: `estimator`, `gradient` or `solver`.
+        preset: The preset that is named there.
+
+    Returns:
+        What `build_pipeline` takes.
+
+    Raises:
+        OptionError: An option is not KEY=VALUE, or options are given for an automatic choice.
+    """
+    choice: ComponentChoice = getattr(preset, kind)
+    default, standing = (choice, {}) if isinstance(choice, str) else choice
+    name: str = default if getattr(options, kind) is None else getattr(options, kind)
+    given = _pairs(f"--{kind}-option", getattr(options, f"{kind}_option") or ())
+    merged = {**(standing if name == default else {}), **given}
+    if name == "auto" and merged:
+        raise OptionError(f"--{kind}-option needs --{kind}: an automatic choice takes no options.")
+    return (name, merged) if merged else name
 
 
 def module_names(text: str) -> str | list[str]:

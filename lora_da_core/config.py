@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from lora_da_core.errors import OptionError
-from lora_da_core.types import DampingKind, FisherScale, TokenMask
+from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
 
 ComponentChoice = str | tuple[str, dict[str, Any]]
 """A component by name, or (name, options)."""
@@ -22,9 +22,16 @@ class LoraDAConfig:
         alpha: Weight α ≥ 0 of the bias term −αΔΔᵀ.
         beta: Weight β ≥ 0 of the variance term (β/N)V.
         population: N, the size of the training set; None takes the number of examples given or sampled.
-        scale: `"auto"` sizes the first step by a line search on the samples and gives A the norm of a default
-            LoRA's A; `"fixed"` divides both factors by √γ.
+        scale: `"auto"` sizes the first step by a line search on the samples and divides it between A and B as
+            `balance` says; `"fixed"` divides both factors by √γ.
         gamma: γ > 0; giving it means a fixed scale. None means 1024 where the scale is fixed.
+        balance: With an automatic scale, what A is scaled to; B takes the rest of the step. `"activation"`: on the
+            samples A·x is as large as a default LoRA's would be, layer by layer; `"norm"`: A has the norm of a default
+            LoRA's; `"even"`: A and B share the square roots of the step's singular values.
+        spectrum: With an automatic scale, whether the step keeps its singular values (`"kept"`) or has them all alike
+            (`"flat"`).
+        rounds: With an automatic scale, how often everything is estimated, each further time where the earlier steps
+            lead and on another part of the samples; the sum of the steps is cut to the rank.
         normalize: Whether Δ is divided by its spectral norm σ.
         token_mask: Which tokens enter the Fisher: those that predict a label, or all the attention mask keeps.
         damping: Damping ≥ 0 of the Fisher.
@@ -34,6 +41,9 @@ class LoraDAConfig:
         seed: Seed of every random number.
         unconverged: What to do where a solver misses its tolerance: `"fallback"` to dense eigh, `"warn"` or
             `"error"`.
+        unsupported: What to do where a targeted module cannot be initialised (convolutions, embeddings, a rank above
+            the layer's sizes): `"error"`, or `"default"`, which leaves it at PEFT's own initialisation and lists it in
+            the report's notes.
     """
 
     alpha: float = 1.0
@@ -41,6 +51,9 @@ class LoraDAConfig:
     population: int | None = None
     scale: Literal["auto", "fixed"] = "auto"
     gamma: float | None = None
+    balance: Balance = "activation"
+    spectrum: Spectrum = "kept"
+    rounds: int = 1
     normalize: bool = True
     token_mask: TokenMask = "labels"
     damping: float = 100.0
@@ -49,9 +62,10 @@ class LoraDAConfig:
     samples: int | None = None
     seed: int = 0
     unconverged: Literal["fallback", "warn", "error"] = "fallback"
+    unsupported: Unsupported = "error"
 
     _minimum: ClassVar[dict[str, float]] = {"alpha": 0, "beta": 0, "damping": 0}
-    _whole: ClassVar[dict[str, int]] = {"seed": 0, "population": 1, "samples": 1}
+    _whole: ClassVar[dict[str, int]] = {"seed": 0, "population": 1, "samples": 1, "rounds": 1}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -64,7 +78,7 @@ class LoraDAConfig:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; it must be a number of at least {least:g}.")
         for name, least in self._whole.items():
             value = getattr(self, name)
-            if (name == "seed" or value is not None) and not _is_whole(value, least):
+            if (value is not None or name in ("seed", "rounds")) and not _is_whole(value, least):
                 raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}, below 2**63.")
         if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):
             raise OptionError(f"gamma is {self.gamma!r}; it must be a number above 0, or left out.")
@@ -72,6 +86,9 @@ class LoraDAConfig:
             raise OptionError(f"normalize is {self.normalize!r}; it must be True or False.")
         if self.alpha == 0 and self.beta == 0:
             raise OptionError("alpha and beta are both 0: Ω would be zero. Give at least one of them.")
+
+        if self.rounds > 1 and not self.automatic_scale:
+            raise OptionError(f"rounds is {self.rounds} with a fixed scale; only scale='auto' takes several rounds.")
 
     @property
     def automatic_scale(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,18 +46,21 @@ class TextOptions:
         max_length: Tokens that are kept of a sample; None takes the smaller of 1024 and what the model takes.
         samples: Rows that are drawn, without replacement; None takes all, in their order.
         seed: Seed of the draw. A larger draw with the same seed begins with the smaller one.
+        beyond: Rows that are drawn after these as `TextData.unseen`, as far as there are any.
     """
 
     prompt_template: str | None = None
     max_length: int | None = None
     samples: int | None = None
     seed: int = 0
+    beyond: int = 0
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("max_length", self.max_length, 2),
             ("samples", self.samples, 1),
             ("seed", self.seed, 0),
+            ("beyond", self.beyond, 0),
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
@@ -72,12 +75,14 @@ class TextData:
         rows: Position in the data set of each sample's row, from 0.
         population: Rows in the whole data set.
         notes: What was assumed, cut and dropped, in plain sentences.
+        unseen: Further samples, which were asked for with `beyond`.
     """
 
     samples: tuple[Sample, ...]
     rows: tuple[int, ...]
     population: int
     notes: tuple[str, ...]
+    unseen: tuple[Sample, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -203,7 +208,12 @@ def encode_text(
         notes.append("The tokenizer has no end-of-text token: none is appended.")
     if options.samples is not None and options.samples > len(rows):
         notes.append(f"{options.samples} samples asked for, but the data set has {len(rows)} rows: all are taken.")
-    return _encode_rows(rows, drawn, layout, _Encoder(tokenizer, max_length), notes)
+    encoder, count = _Encoder(tokenizer, max_length), len(drawn) if options.samples is None else options.samples
+    found = _encode_rows(rows, drawn[:count], layout, encoder, notes)
+    passages = [layout.passage(rows[index], index) for index in drawn[count:]]
+    ends = not layout.writes_special_tokens
+    further = [encoder(passage, end_of_text=ends)[0] for passage in passages if passage is not None]
+    return replace(found, unseen=tuple(sample for sample in further if _count_labels(sample["labels"])))
 
 
 def _encode_rows(rows: Rows, drawn: Sequence[int], layout: RowFormat, encoder: _Encoder, notes: list[str]) -> TextData:
@@ -282,7 +292,7 @@ def _draw(population: int, options: TextOptions) -> list[int]:
     if options.samples is None:
         return list(range(population))
     generator = torch.Generator().manual_seed(options.seed)
-    order: list[int] = torch.randperm(population, generator=generator)[: options.samples].tolist()
+    order: list[int] = torch.randperm(population, generator=generator)[: options.samples + options.beyond].tolist()
     return order
 
 
@@ -332,12 +342,21 @@ def batches(
     at = 0
     while at < len(ordered):
         size = batch_size or max(1, tokens_per_batch // max(1, len(ordered[at]["input_ids"])))
-        result.append(_pad(ordered[at : at + size], pad_token_id))
+        result.append(padded(ordered[at : at + size], pad_token_id))
         at += size
     return result
 
 
-def _pad(samples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+def padded(samples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """One batch of the samples in their order, filled up on the right as `batches` does.
+
+    Args:
+        samples: `input_ids` and `labels` of each, at least one.
+        pad_token_id: What fills the right.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, int64 (samples, tokens).
+    """
     shape = (len(samples), max(len(sample["input_ids"]) for sample in samples))
     batch = {
         "input_ids": torch.full(shape, pad_token_id, dtype=torch.int64),

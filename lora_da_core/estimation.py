@@ -14,7 +14,6 @@ from torch import Tensor
 from lora_da_core import capture
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress, Statistics
-from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import DataError, LoraDAError, PluginError
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
@@ -37,6 +36,8 @@ class Estimates:
         gradient_sums: The gradient estimator's statistics of every layer.
         notes: What was assumed or is doubtful.
         seconds: Wall time by phase.
+        later: The batches of further rounds, round by round; nothing of them has been read yet.
+        unseen: Batches that nothing is estimated from, for the line search; may be empty.
     """
 
     task: CaptureTask
@@ -45,6 +46,8 @@ class Estimates:
     gradient_sums: Mapping[str, Mapping[str, Tensor]]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    later: Sequence[Sequence[Batch]] = ()
+    unseen: Sequence[Batch] = ()
 
     def gradient(self, spec: LayerSpec) -> LinearMap:
         """G of a layer, (out, in), made when asked for: all of them at once would double the memory.
@@ -87,8 +90,7 @@ class Estimates:
 def estimate(
     task: CaptureTask,
     batches: Sequence[Batch],
-    counts: Tensor,
-    config: LoraDAConfig,
+    seed: int,
     on_progress: Progress | None = None,
 ) -> Estimates:
     """Runs every pass over the data and makes the gradients.
@@ -96,8 +98,7 @@ def estimate(
     Args:
         task: Model, modules and components.
         batches: The batches.
-        counts: Labels of every sample, (samples,).
-        config: Only the seed is read.
+        seed: Of labels and directions that are drawn.
         on_progress: Told of every batch.
 
     Returns:
@@ -106,13 +107,12 @@ def estimate(
     Raises:
         DataError: A layer has fewer counted tokens than its rank.
     """
-    notes = _sample_notes(counts)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
-    notes += check_tokens(task.specs, statistics)
-    gradient_sums = _gradient_sums(task, batches, statistics, config.seed)
+    notes = check_tokens(task.specs, statistics)
+    gradient_sums = _gradient_sums(task, batches, statistics, seed)
     seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
     for note in notes:
         logger.warning("%s", note)
@@ -146,7 +146,15 @@ def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str
     return [f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; give at least {wanted}"]
 
 
-def _sample_notes(counts: Tensor) -> list[str]:
+def sample_notes(counts: Tensor) -> list[str]:
+    """What is doubtful about the samples.
+
+    Args:
+        counts: Labels of every sample, (samples,).
+
+    Returns:
+        Notes, none where nothing is.
+    """
     notes = []
     empty = (counts == 0).nonzero().flatten().tolist()
     if empty:
@@ -154,7 +162,7 @@ def _sample_notes(counts: Tensor) -> list[str]:
         notes.append(f"{len(empty)} of {len(counts)} samples have no labels and are left out (samples {listed})")
     usable = len(counts) - len(empty)
     if usable < FEW_SAMPLES:
-        notes.append(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 256")
+        notes.append(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 64")
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,13 +10,19 @@ import torch
 from torch import Tensor
 
 from lora_da_core.operators import DenseMap, LinearMap, NegatedGram, Scaled, Sum, SymmetricOperator
-from lora_da_core.types import LoraFactors
+from lora_da_core.types import LoraFactors, Spectrum
 
 DENSE_STEP_ELEMENTS = 2**22
 """Up to this many elements Δ_raw is formed: fewer products per application than through the Fisher's factors."""
 
 DEFAULT_A_SCALE = 3.0**-0.5
 """RMS ratio between a default LoRA's A (uniform, ±1/√in) and an orthonormal one: both have r rows."""
+
+A_SCALE_RANGE = 16.0
+"""How far, as a factor, a layer's A may be from `DEFAULT_A_SCALE`: a basis that the inputs hardly touch says little."""
+
+LEAST_SHARE = 1e-3
+"""Least singular value of an evenly divided step that A sees, relative to the largest: a zero row would never train."""
 
 
 class Omega(Sum):
@@ -97,21 +104,113 @@ def fixed_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraF
     return _stored(solution.basis.mT * root, solution.projected * root, dtype)
 
 
-def balanced_factors(solution: Subspace, multiplier: float, dtype: torch.dtype) -> LoraFactors:
-    """A with the norm of a default LoRA's A, and B such that PEFT's scaling·B·A = multiplier·(A0 B0)ᵀ.
+@dataclass(frozen=True)
+class WeightStep:
+    """A change of a layer's weights of low rank, left·rightᵀ.
 
-    The norm of A acts as a multiplier on B's learning rate, so keeping LoRA's own norm keeps LoRA's own rate.
+    Attributes:
+        left: (out, r).
+        right: (in, r), orthonormal columns.
+    """
+
+    left: Tensor
+    right: Tensor
+
+
+def unit_step(solution: Subspace, spectrum: Spectrum) -> WeightStep:
+    """The step (A0 B0)ᵀ, with its singular values or with all of them alike.
+
+    A flat one is the spectral initialisation of gradient flow, arXiv 2503.06982, where the Fisher is the identity.
 
     Args:
         solution: The layer's solution.
-        multiplier: Size of the step in weights, ≥ 0.
+        spectrum: `"kept"` or `"flat"`.
+
+    Returns:
+        The step; flat singular values are 1, and 0 where there was no step at all.
+    """
+    if spectrum == "kept":
+        return WeightStep(solution.projected, solution.basis)
+    u, values, vh = torch.linalg.svd(solution.projected, full_matrices=False)
+    present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
+    return WeightStep((u * present) @ vh, solution.basis)
+
+
+class StepLine:
+    """The steps first + t·second, each cut to the rank of `second`: the nearest of that rank (Frobenius)."""
+
+    def __init__(self, first: WeightStep, second: WeightStep) -> None:
+        self._ranks = first.left.shape[-1], second.left.shape[-1]
+        self._left, left = torch.linalg.qr(torch.cat([first.left, second.left], 1).double())
+        self._right, right = torch.linalg.qr(torch.cat([first.right, second.right], 1).double())
+        # Of the order of the rank: an accelerator would wait for each, so these are decomposed on the host.
+        self._cores = left.cpu(), right.cpu()
+
+    def at(self, multiplier: float) -> WeightStep:
+        """The step at t = `multiplier`."""
+        (before, rank), (left, right) = self._ranks, self._cores
+        weights = torch.cat([left.new_ones(before), left.new_full((rank,), multiplier)])
+        u, values, vh = torch.linalg.svd((left * weights) @ right.mT, full_matrices=True)
+        kept = min(rank, len(values))
+        scaled = left.new_zeros(len(u), rank)
+        scaled[:, :kept] = u[:, :kept] * values[:kept]
+        return WeightStep(self._left @ scaled.to(self._left), self._right @ vh.mT[:, :rank].to(self._right))
+
+
+def activation_scale(inputs: float, coordinates: float, in_features: int, rank: int) -> float:
+    """The factor on an orthonormal basis that makes A·x as large as a default LoRA's (derived).
+
+    A default A has independent entries of variance 1/(3·in), so E‖A x‖² = r‖x‖²/(3·in). An update of B by Adam moves
+    the outputs in proportion to ‖A x‖, so keeping that keeps LoRA's own learning rate.
+
+    Args:
+        inputs: Σ‖x‖² over tokens.
+        coordinates: Σ‖rightᵀx‖² over the same tokens.
+        in_features: Size of x.
+        rank: r.
+
+    Returns:
+        The factor, within `A_SCALE_RANGE` of `DEFAULT_A_SCALE`.
+    """
+    if not inputs > 0:
+        return DEFAULT_A_SCALE
+    ratio = rank * inputs / (in_features * coordinates) if coordinates > 0 else A_SCALE_RANGE**2
+    return DEFAULT_A_SCALE * min(max(math.sqrt(ratio), 1 / A_SCALE_RANGE), A_SCALE_RANGE)
+
+
+def balanced_factors(step: WeightStep, scaling: float, a_scale: float, dtype: torch.dtype) -> LoraFactors:
+    """A = a_scale·rightᵀ, and B such that PEFT's scaling·B·A is the step.
+
+    The size of A acts as a multiplier on B's learning rate.
+
+    Args:
+        step: The step in weights.
+        scaling: PEFT's factor on B·A.
+        a_scale: Norm of each of A's rows.
         dtype: Dtype of the factors.
 
     Returns:
         A (r, in) and B (out, r).
     """
-    b = solution.projected * (multiplier / (solution.scaling * DEFAULT_A_SCALE))
-    return _stored(solution.basis.mT * DEFAULT_A_SCALE, b, dtype)
+    return _stored(step.right.mT * a_scale, step.left / (scaling * a_scale), dtype)
+
+
+def evenly_divided_factors(step: WeightStep, scaling: float, dtype: torch.dtype) -> LoraFactors:
+    """A = √S Vᵀ and B = U √S from the singular values S of step/scaling, LoRA-One's division of a step.
+
+    Args:
+        step: The step in weights; where it is zero, A is divided as `balanced_factors` does by default.
+        scaling: PEFT's factor on B·A.
+        dtype: Dtype of the factors.
+
+    Returns:
+        A (r, in) and B (out, r).
+    """
+    u, values, vh = torch.linalg.svd(step.left.double() / scaling, full_matrices=False)
+    if not bool(values.any()) or len(values) < step.right.shape[1]:
+        return balanced_factors(step, scaling, DEFAULT_A_SCALE, dtype)
+    roots = values.clamp(min=LEAST_SHARE * float(values[0])).sqrt()
+    return _stored(roots.unsqueeze(1) * (vh @ step.right.double().mT), u * (values / roots), dtype)
 
 
 def _stored(a: Tensor, b: Tensor, dtype: torch.dtype) -> LoraFactors:

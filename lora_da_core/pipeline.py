@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import logging
-import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from lora_da_core.batches import first_samples, label_counts, labelled_part, spread
+from lora_da_core.batches import divided, first_samples, label_counts
+from lora_da_core.cache import StatisticsCache
+from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
+from lora_da_core.components import Components
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.estimation import Estimates, check_tokens, estimate
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, Solver
-from lora_da_core.omega import balanced_factors, fixed_factors
-from lora_da_core.operators import LowRankMap, accumulation_dtype
-from lora_da_core.probe import LowRankProbe
+from lora_da_core.estimation import Estimates, check_tokens, estimate, sample_notes
+from lora_da_core.finish import Finish
+from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.registry import Registry
-from lora_da_core.scale import LineSearch, line_search
-from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
-from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
+from lora_da_core.sizing import SEARCH_SAMPLES
+from lora_da_core.types import Batch, LoraDAResult
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -35,15 +32,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "robust"
-SEARCH_SAMPLES = 16
-"""Samples that the line search reads."""
 
 
 def build_pipeline(
     estimator: ComponentChoice | None = None,
     solver: ComponentChoice | None = None,
     gradient: ComponentChoice | None = None,
-    objective: ComponentChoice = "causal_lm",
+    objective: ComponentChoice | LossFunction = "causal_lm",
     *,
     preset: str = DEFAULT_PRESET,
     config: LoraDAConfig | None = None,
@@ -54,7 +49,8 @@ def build_pipeline(
         estimator: Fisher estimator, a name or (name, options); None takes the preset's.
         solver: Solver, likewise; `"auto"` chooses per layer.
         gradient: Gradient estimator, likewise.
-        objective: The loss that is differentiated.
+        objective: The loss that is differentiated, likewise, or a function of model and batch (on the model's device)
+            that returns per-sample losses (samples,).
         preset: Setting that fills whatever is not given.
         config: Replaces the preset's configuration.
 
@@ -73,53 +69,13 @@ def build_pipeline(
     parts = Components(
         estimator=registry.create("estimator", base.estimator if estimator is None else estimator),
         gradient=registry.create("gradient", base.gradient if gradient is None else gradient),
-        objective=registry.create("objective", objective),
+        objective=objective_of(objective) if callable(objective) else registry.create("objective", objective),
         solver=None if chosen == "auto" else registry.create("solver", chosen),
     )
     parts.check()
     if parts.solver is None:
         registry.choose_solver(1, 1, "cpu")
     return Pipeline(registry, parts, config or base.config)
-
-
-@dataclass(frozen=True)
-class Components:
-    """The instances a pipeline is made of; `solver` None chooses per layer."""
-
-    estimator: FisherEstimator[Any]
-    gradient: GradientEstimator[Any]
-    objective: Objective[Any]
-    solver: Solver[Any] | None
-
-    def check(self) -> None:
-        """Refuses components that do not go together.
-
-        Raises:
-            OptionError: The estimator draws labels and the objective cannot.
-        """
-        draws = type(self.objective).fisher_losses is not Objective.fisher_losses
-        if self.estimator.labels != "empirical" and not draws:
-            raise OptionError(
-                f"estimator {self.estimator.name!r} asks for labels={self.estimator.labels!r}, which objective "
-                f"{self.objective.name!r} cannot draw; use labels='empirical'."
-            )
-
-    def names(self) -> dict[str, str]:
-        """Name by kind."""
-        solver = "auto" if self.solver is None else self.solver.name
-        named = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
-        return {**{kind: component.name for kind, component in named.items()}, "solver": solver}
-
-    def origins(self, registry: Registry) -> dict[str, str]:
-        """Distribution and version by kind."""
-        parts = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
-        return {kind: registry.origin(kind, type(component)) for kind, component in parts.items()}
-
-    def options(self) -> dict[str, dict[str, Any]]:
-        """Options by kind."""
-        parts = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
-        found = {kind: asdict(component.options) for kind, component in parts.items()}
-        return {**found, "solver": {} if self.solver is None else asdict(self.solver.options)}
 
 
 class Pipeline:
@@ -142,6 +98,7 @@ class Pipeline:
         *,
         adapter_name: str = "default",
         on_progress: Progress | None = None,
+        cache_dir: Path | str | None = None,
     ) -> LoraDAResult:
         """Estimates, solves and scales; the model is left exactly as found.
 
@@ -151,6 +108,8 @@ class Pipeline:
             peft_config: The LoRA configuration; None takes the PeftModel's own.
             adapter_name: The adapter, where the model carries several.
             on_progress: Told of each phase's progress.
+            cache_dir: A directory in which statistics outlive this process, so that a run on the same model and data
+                that changes only solver, rank, α, β, N, damping or scale makes no pass for them.
 
         Returns:
             The factors as the adapter stores them, before PEFT's scaling, and the report.
@@ -158,7 +117,9 @@ class Pipeline:
         Raises:
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
-        estimates = self.estimate(model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress)
+        estimates = self.estimate(
+            model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
+        )
         return self.solve(estimates, on_progress=on_progress)
 
     def estimate(
@@ -169,6 +130,7 @@ class Pipeline:
         *,
         adapter_name: str = "default",
         on_progress: Progress | None = None,
+        cache_dir: Path | str | None = None,
     ) -> Estimates:
         """The first half of `run`: the passes over the data, whose sums serve any solver, rank, α, β, damping, scale.
 
@@ -178,15 +140,23 @@ class Pipeline:
             peft_config: As `run` takes it.
             adapter_name: As `run` takes it.
             on_progress: As `run` takes it.
+            cache_dir: As `run` takes it; of several rounds, the first one's statistics are kept.
 
         Returns:
             The estimates, to be given to `solve` of this pipeline or of one with the same estimators.
+
+        Raises:
+            OptionError: A cache is given and the objective is a plain function.
+            StorageError: The cache cannot be written.
         """
         from lora_da_core import adapter
 
+        cache = None if cache_dir is None else StatisticsCache(Path(cache_dir))
+        if cache is not None:
+            cache.check()
         lora = adapter.chosen_config(model, peft_config, adapter_name)
-        targets = adapter.resolve_targets(model, lora, adapter_name)
-        taken = first_samples(batches, self.config.samples)
+        targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
+        taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
         counts = label_counts(self.components.objective, taken)
         task = CaptureTask(
             model=adapter.base_of(model),
@@ -199,7 +169,17 @@ class Pipeline:
             base_only=partial(adapter.adapters_disabled, model),
             origins=self.components.origins(self.registry),
         )
-        return estimate(task, taken, counts, self.config, on_progress)
+        first, *later = divided(taken, self.config.rounds)
+        notes = [*targets.notes, *sample_notes(counts)]
+        for note in notes:
+            logger.warning("%s", note)
+        compute = partial(estimate, task, first, self.config.seed, on_progress)
+        if cache is None:
+            found = compute()
+        else:
+            identity = Identity.of(task, first, seed=self.config.seed, base=adapter.fingerprint(task.model))
+            found = cache.estimates(identity, task, first, compute)
+        return replace(found, notes=(*notes, *found.notes), later=later, unseen=unseen)
 
     def solve(
         self, estimates: Estimates, peft_config: LoraConfig | None = None, *, on_progress: Progress | None = None
@@ -215,7 +195,8 @@ class Pipeline:
             The factors and the report.
 
         Raises:
-            OptionError: The estimates were made with other estimators, another token mask or other layers.
+            OptionError: The estimates were made with other estimators, another token mask, other layers or for another
+                number of rounds.
         """
         from lora_da_core import adapter
 
@@ -229,159 +210,16 @@ class Pipeline:
                 raise OptionError(f"these estimates were made with {made_with}; estimate again.")
         if made.token_mask != self.config.token_mask:
             raise OptionError(f"these estimates were made with token_mask={made.token_mask!r}; estimate again.")
+        if len(estimates.later) + 1 != self.config.rounds:
+            made_for = f"rounds={len(estimates.later) + 1}"
+            raise OptionError(f"these estimates were made for {made_for}, not {self.config.rounds}; estimate again.")
         specs = tuple(made.specs)
         if peft_config is not None:
-            specs = adapter.resolve_targets(made.model, peft_config).specs
+            specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
         check_tokens(specs, estimates.statistics)
-        return _Finish(self, estimates, specs, on_progress).result()
-
-
-class _Finish:
-    """The second half of a run: solutions, scale, factors and report, from estimates that stay as they are."""
-
-    def __init__(
-        self, pipeline: Pipeline, estimates: Estimates, specs: Sequence[LayerSpec], on_progress: Progress | None
-    ) -> None:
-        self.pipeline, self.config = pipeline, pipeline.config
-        self.estimates, self.statistics = estimates, estimates.statistics
-        self.specs, self.on_progress = specs, on_progress
-        self.task = replace(estimates.task, specs=specs)
-        self.notes = [*estimates.notes]
-        self.seconds = dict(estimates.seconds)
-
-    def result(self) -> LoraDAResult:
-        """All phases in order."""
-        solutions = self._timed("solve", self._solutions)
-        factors, scale = self._timed("scale", lambda: self._scaled(solutions))
-        reports = [self._layer_report(spec, solutions[spec.name], factors[spec.name]) for spec in self.specs]
-        for report in reports:
-            for fault in self.pipeline.registry.layer_finished(report.name, report):
-                logger.warning("%s", fault)
-        return LoraDAResult(factors, self._report(reports, scale))
-
-    def _solutions(self) -> dict[str, LayerSolution]:
-        parts, statistics = self.pipeline.components, self.statistics
-        solver = LayerSolver(self.pipeline.registry, parts.estimator, parts.solver, self.config)
-        specs = {spec.name: spec for spec in self.specs}
-        solutions: dict[str, LayerSolution] = {}
-        waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
-
-        def flush(alike: list[PreparedLayer]) -> None:
-            found = solver.solve(alike, self._population())
-            solutions.update({layer.spec.name: solution for layer, solution in zip(alike, found, strict=True)})
-            alike.clear()
-            if self.on_progress is not None:
-                self.on_progress("solve", len(solutions), len(specs))
-
-        # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
-        by_group: dict[str, list[str]] = {}
-        for name, layer in statistics.layers.items():
-            by_group.setdefault(layer.group.leader if layer.group else name, []).append(name)
-        for names in by_group.values():
-            for name in names:
-                fisher = replace(statistics.of_layer(name), spec=specs[name])
-                prepared = solver.prepare(fisher, self.estimates.gradient(specs[name]))
-                spec, device = prepared.spec, prepared.step.device
-                alike = waiting.setdefault((spec.in_features, spec.rank, device), [])
-                alike.append(prepared)
-                if len(alike) >= batch_size(spec, device):
-                    flush(alike)
-            fisher.shared.clear()
-        for alike in waiting.values():
-            if alike:
-                flush(alike)
-        return solutions
-
-    def _population(self) -> int:
-        return self.statistics.samples if self.config.population is None else self.config.population
-
-    def _scaled(self, solutions: Mapping[str, LayerSolution]) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
-        spaces = {name: solution.subspace for name, solution in solutions.items()}
-        dtypes = {name: _factor_dtype(self.task.modules[name]) for name in spaces}
-        if not self.config.automatic_scale:
-            gamma = self.config.fixed_gamma
-            return {n: fixed_factors(s, gamma, dtypes[n]) for n, s in spaces.items()}, {"gamma": gamma}
-        search = self._search(solutions)
-        if search.multiplier == 0.0:
-            self._note("no step along the solution lowers the loss on the samples: B starts at zero")
-        return {n: balanced_factors(s, search.multiplier, dtypes[n]) for n, s in spaces.items()}, asdict(search)
-
-    def _search(self, solutions: Mapping[str, LayerSolution]) -> LineSearch:
-        objective = self.task.objective
-        parts = [labelled_part(objective, batch) for batch in self.estimates.batches]
-        chosen = spread([part for part in parts if part is not None], SEARCH_SAMPLES)
-        directions = {}
-        for name, solution in solutions.items():
-            space, dtype = solution.subspace, _factor_dtype(self.task.modules[name])
-            directions[name] = (space.projected.to(dtype), space.basis.to(dtype))
-        tries = 0
-        with LowRankProbe(self.task, chosen) as probe:
-
-            def loss(multiplier: float) -> float:
-                nonlocal tries
-                tries += 1
-                changes = {n: LowRankMap(left * multiplier, right) for n, (left, right) in directions.items()}
-                if self.on_progress is not None:
-                    self.on_progress("scale", tries, 0)
-                return float(probe.losses(changes if multiplier else {}).mean())
-
-            return line_search(loss)
-
-    def _layer_report(self, spec: LayerSpec, solution: LayerSolution, pair: LoraFactors) -> LayerReport:
-        from lora_da_core.adapter import digest
-
-        return LayerReport(
-            name=spec.name,
-            in_features=spec.in_features,
-            out_features=spec.out_features,
-            rank=spec.rank,
-            tokens=self.statistics.layers[spec.name].tokens,
-            sigma=solution.sigma,
-            ritz_values=solution.values,
-            gap=solution.gap,
-            residual=solution.residual,
-            converged=solution.converged,
-            solver=solution.solver,
-            applies=solution.applies,
-            damping=solution.damping,
-            remedies=solution.remedies,
-            gradient=self.estimates.diagnostics(spec),
-            seconds=solution.seconds,
-            digest_A=digest(pair.A),
-            digest_B=digest(pair.B),
-        )
-
-    def _report(self, layers: Sequence[LayerReport], scale: Mapping[str, Any]) -> RunReport:
-        from lora_da_core import adapter
-
-        parts = self.pipeline.components
-        packages = ("lora-da-core", "torch", "transformers", "peft")
-        return RunReport(
-            layers=tuple(layers),
-            components=parts.names(),
-            options=parts.options(),
-            config=asdict(replace(self.config, population=self._population())),
-            samples=self.statistics.samples,
-            label_tokens=self.statistics.label_tokens,
-            loss=self.statistics.loss_sum / self.statistics.samples,
-            scale=dict(scale),
-            seconds=dict(self.seconds),
-            notes=tuple(self.notes),
-            versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
-            base=adapter.fingerprint(self.task.model),
-        )
-
-    def _timed(self, phase: str, work: Any) -> Any:
-        start = time.perf_counter()
-        outcome = work()
-        self.seconds[phase] = time.perf_counter() - start
-        return outcome
-
-    def _note(self, text: str) -> None:
-        self.notes.append(text)
-        logger.warning("%s", text)
+        return Finish(self.registry, self.components, self.config, on_progress).result(estimates, specs)
 
 
 def get_lora_da_model(
@@ -408,6 +246,7 @@ def get_lora_da_model(
 
     if adapter.is_peft_model(model):
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
+    adapter.check_adapter_name(adapter_name)
     result = (pipeline or build_pipeline()).run(model, batches, peft_config)
     return adapter.apply(model, peft_config, result.factors, adapter_name)
 
@@ -465,8 +304,3 @@ def initialize_lora_da_weights(
     if state_dict is None and batches is not None:
         state_dict = get_lora_da_state_dict(peft_model, batches, pipeline=pipeline, adapter_name=adapter_name)
     adapter.write(peft_model, state_dict or {}, adapter_name)
-
-
-def _factor_dtype(module: nn.Module) -> torch.dtype:
-    weight = getattr(module, "weight", None)
-    return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)

@@ -14,6 +14,7 @@ from lora_da_core.capture import CaptureTask
 from lora_da_core.interfaces import LossProbe
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.taps import with_change
 from lora_da_core.types import Batch
 
 
@@ -39,15 +40,16 @@ class LowRankProbe(LossProbe):
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def add_change(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            change = self._changes.get(name)
-            if change is None:
-                return None
-            inputs = args[0].flatten(0, -2).to(change.dtype)
-            return output + change.apply_to_rows(inputs).reshape(output.shape).to(output.dtype)
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        before = self._task.changes.get(name)
 
-        return add_change
+        def add_changes(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            for change in (before, self._changes.get(name)):
+                if change is not None:
+                    output = with_change(output, args[0], change)
+            return output
+
+        return add_changes
 
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         self._changes = changes
@@ -61,6 +63,40 @@ class LowRankProbe(LossProbe):
             return torch.cat(found).double().cpu()
         finally:
             self._changes = {}
+
+    def energies(self, bases: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+        """How much of the layers' inputs lies in a subspace, over the tokens that count for the Fisher.
+
+        Args:
+            bases: (in, r) by layer, orthonormal columns.
+
+        Returns:
+            Σ‖x‖² and Σ‖basisᵀx‖² by layer.
+        """
+        sums = {name: torch.zeros(2, dtype=torch.float64) for name in bases}
+        specs = {spec.name: spec for spec in self._task.specs}
+        part: Batch = {}
+
+        def meter(name: str) -> Callable[[nn.Module, Any], None]:
+            def add(module: nn.Module, args: Any) -> None:
+                samples = len(part["labels"])
+                rows = args[0].detach().reshape(samples, -1, args[0].shape[-1])
+                mask = self._task.objective.token_mask(part, specs[name], self._task.token_mask, rows.shape[1])
+                counted = rows[mask.to(rows.device)].to(bases[name].dtype)
+                found = torch.stack([counted.square().sum(), (counted @ bases[name]).square().sum()])
+                sums[name] += found.double().cpu()
+
+            return add
+
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name in bases:
+                stack.callback(self._task.modules[name].register_forward_pre_hook(meter(name)).remove)
+            for batch in self._batches:
+                labelled = labelled_part(self._task.objective, batch)
+                if labelled is not None:
+                    part = labelled
+                    self._task.objective.losses(self._task.model, to_device(part, self._task.device))
+        return {name: (float(found[0]), float(found[1])) for name, found in sums.items()}
 
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
         weight = next(self._task.modules[layer].parameters(), None)

@@ -91,11 +91,12 @@ class PlainProgress:
 
 class _NoteHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(self._console, record.getMessage(), kind=record.levelname.lower())
+        kind = "note" if record.levelno == logging.INFO else record.levelname.lower()
+        note(self._console, record.getMessage(), kind=kind)
 
 
 def note(console: Console, text: str, *, kind: str = "note") -> None:
@@ -105,7 +106,7 @@ def note(console: Console, text: str, *, kind: str = "note") -> None:
 
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a run's progress, and this package's warnings as they come.
+    """Shows a run's progress, and this package's notes and warnings as they come.
 
     Args:
         console: Where to write; whether it is a terminal decides how.
@@ -115,8 +116,9 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
     """
     handler = _NoteHandler(console)
     logger = logging.getLogger("lora_da_core")
-    propagate = logger.propagate
+    propagate, level = logger.propagate, logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         if console.is_terminal:
@@ -136,3 +138,4 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate
+        logger.setLevel(level)

@@ -11,10 +11,13 @@ from torch import Tensor
 Batch = Mapping[str, Any]
 """One batch as the model takes it: tensors whose first dimension counts samples, `labels` among them."""
 
+Balance = Literal["activation", "norm", "even"]
 DampingKind = Literal["relative", "absolute"]
 FisherScale = Literal["token_mean", "sample"]
 LabelKind = Literal["empirical", "sampled", "exact"]
+Spectrum = Literal["kept", "flat"]
 TokenMask = Literal["labels", "attention"]
+Unsupported = Literal["error", "default"]
 
 
 @dataclass(frozen=True)

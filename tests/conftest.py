@@ -120,3 +120,37 @@ def _state(model: nn.Module) -> dict[str, Any]:
             for name, module in model.named_modules()
         ],
     }
+
+
+ROWS = 48
+"""Rows of the data set in `world`."""
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny model and data that it can learn something from."""
+    import json
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("ablation")
+    words = ["<unk>", "<s>", "</s>", "<pad>", "Q", "A", ":", *(f"w{place}" for place in range(40))]
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **specials).save_pretrained(root / "model")
+    shape = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(shape).save_pretrained(root / "model")
+    draw = torch.Generator().manual_seed(1)
+    rows = [
+        {"question": " ".join(f"w{i}" for i in text[:5]), "answer": " ".join(f"w{i % 8}" for i in text[5:])}
+        for text in torch.randint(40, (ROWS, 12), generator=draw).tolist()
+    ]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root

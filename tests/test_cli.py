@@ -101,6 +101,7 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--estimator", ""), "unknown estimator ''"),
         ((*INIT, "--output", "model"), "model exists and is not empty"),
         ((*INIT, "--output", "data.jsonl"), "data.jsonl is a file"),
+        ((*INIT, "--output", "new", "--cache-dir", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "model", "--overwrite"), "holds no earlier run"),
         ((*INIT, "--output", "new", "--solver", "lanczoz"), "Did you mean 'lanczos'?"),
         ((*INIT, "--output", "new", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
@@ -253,7 +254,7 @@ def test_options_reach_the_run_and_the_rest_stays_the_presets(world):
     report = storage.read_report(world / "options")
     assert report.options["estimator"]["output"] == "full" and report.components["solver"] == "eigh"
     paper = Registry().resolve("preset", "paper").config
-    given = {"beta": 0.5, "normalize": False, "population": 99, "damping": 0.25, "seed": 7}
+    given = {"beta": 0.5, "normalize": False, "population": 99, "damping": 0.25, "seed": 7, "samples": 24}
     expected = {entry.name: getattr(paper, entry.name) for entry in fields(paper)} | given
     assert dict(report.config) == expected
     stored = json.loads((world / "options" / "adapter_config.json").read_text())
@@ -270,6 +271,18 @@ def test_same_command_twice_gives_the_same_bytes_and_overwrite_replaces(world):
     assert run(world, *command, "--overwrite").exit_code == 0
     assert (world / "again" / "adapter_model.safetensors").read_bytes() == first
     assert not (world / "again" / "left-over.txt").exists()
+
+
+def test_a_second_init_reads_the_first_one_s_statistics(world):
+    shared = ("--samples", "8", "--cache-dir", "kept")
+    assert "statistics: " in run(world, *INIT, "--output", "first", "--rank", "2", *shared).stderr
+    changed = ("--rank", "3", "--damping", "2", "--solver", "lanczos")
+    again = run(world, *INIT, "--output", "reused", *changed, *shared)
+    assert again.exit_code == 0, again.output
+    assert "note: the statistics were read from the cache" in again.stderr and "statistics: " not in again.stderr
+    assert run(world, *INIT, "--output", "plain", *changed, "--samples", "8").exit_code == 0
+    adapters = [(world / name / "adapter_model.safetensors").read_bytes() for name in ("reused", "plain")]
+    assert adapters[0] == adapters[1]
 
 
 def test_batch_size_does_not_change_the_result(world):

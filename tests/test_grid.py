@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig
+from lora_da_core.components import Components
 from lora_da_core.config import ComponentChoice
 from lora_da_core.interfaces import NoOptions, Objective
-from lora_da_core.omega import DEFAULT_A_SCALE
-from lora_da_core.pipeline import Components
+from lora_da_core.omega import A_SCALE_RANGE, DEFAULT_A_SCALE
 from lora_da_core.registry import Registry
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult, TokenMask
 
@@ -57,8 +57,10 @@ def check_answer(result: LoraDAResult) -> None:
         pair = result.factors[layer.name]
         assert pair.A.shape == (RANK, layer.in_features) and pair.B.shape == (layer.out_features, RANK)
         assert bool(pair.A.isfinite().all()) and bool(pair.B.isfinite().all())
-        gram = pair.A @ pair.A.mT / DEFAULT_A_SCALE**2
-        torch.testing.assert_close(gram, torch.eye(RANK), rtol=0, atol=1e-4)
+        gram = pair.A @ pair.A.mT
+        size = float(gram[0, 0])
+        assert abs(math.log(math.sqrt(size) / DEFAULT_A_SCALE)) <= math.log(A_SCALE_RANGE) + 1e-6
+        torch.testing.assert_close(gram / size, torch.eye(RANK), rtol=0, atol=1e-4)
         assert layer.converged or any("did not converge" in remedy for remedy in layer.remedies)
         assert layer.sigma > 0 and math.isfinite(layer.sigma)
         assert list(layer.ritz_values) == sorted(layer.ritz_values)
@@ -121,7 +123,7 @@ class NoLikelihood(Objective[NoOptions]):
     def label_counts(self, batch: Batch) -> Tensor:
         return torch.ones(1)
 
-    def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask) -> Tensor:
+    def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask, tokens: int) -> Tensor:
         return torch.ones(1, 1, dtype=torch.bool)
 
 

@@ -7,12 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_da_core.omega import balanced_factors, fixed_factors, omega, subspace
+from lora_da_core.omega import (
+    DEFAULT_A_SCALE,
+    StepLine,
+    Subspace,
+    WeightStep,
+    activation_scale,
+    balanced_factors,
+    evenly_divided_factors,
+    fixed_factors,
+    omega,
+    subspace,
+    unit_step,
+)
 from lora_da_core.operators import Dense, DenseMap, Diagonal, LowRank, LowRankMap, NegatedGram, Scaled, Sum
 
 
@@ -97,17 +110,91 @@ def test_identity_fisher_gives_the_gradient_singular_subspace() -> None:
     torch.testing.assert_close(basis @ basis.T, right.T @ right)
 
 
-@settings(max_examples=25, deadline=None)
-@given(multiplier=st.floats(1e-3, 10.0), scaling=st.floats(0.1, 10.0), seed=st.integers(0, 99))
-def test_balanced_factors_keep_the_product_and_give_a_the_norm_of_loras(
-    multiplier: float, scaling: float, seed: int
-) -> None:
+def random_step(seed: int, rank: int = 3) -> WeightStep:
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn(9, 6, generator=generator, dtype=torch.float64)
-    basis = torch.linalg.qr(torch.randn(9, 3, generator=generator, dtype=torch.float64))[0]
-    pair = balanced_factors(subspace(basis, DenseMap(delta), 1.0, scaling), multiplier, torch.float64)
-    torch.testing.assert_close(scaling * pair.B @ pair.A, multiplier * (basis @ basis.T @ delta).T)
-    torch.testing.assert_close(pair.A.square().sum(), torch.tensor(3 / 3, dtype=torch.float64))
+    basis = torch.linalg.qr(torch.randn(9, rank, generator=generator, dtype=torch.float64))[0]
+    return unit_step(subspace(basis, DenseMap(delta), 1.0, 1.0), "kept")
+
+
+def product(step: WeightStep) -> Tensor:
+    return step.left @ step.right.T
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.floats(1e-3, 10.0), scaling=st.floats(0.1, 10.0), seed=st.integers(0, 99))
+def test_balanced_factors_keep_the_product_and_give_every_row_of_a_the_size_asked_for(
+    size: float, scaling: float, seed: int
+) -> None:
+    step = random_step(seed)
+    pair = balanced_factors(step, scaling, size, torch.float64)
+    torch.testing.assert_close(scaling * pair.B @ pair.A, product(step))
+    torch.testing.assert_close(pair.A.norm(dim=1), torch.full((3,), size, dtype=torch.float64))
+
+
+@settings(max_examples=25, deadline=None)
+@given(scaling=st.floats(0.1, 10.0), seed=st.integers(0, 99))
+def test_evenly_divided_factors_keep_the_product_and_share_its_singular_values(scaling: float, seed: int) -> None:
+    step = random_step(seed)
+    pair = evenly_divided_factors(step, scaling, torch.float64)
+    torch.testing.assert_close(scaling * pair.B @ pair.A, product(step))
+    values = torch.linalg.svdvals(product(step) / scaling)[:3]
+    torch.testing.assert_close(pair.A @ pair.A.T, torch.diag(values))
+    torch.testing.assert_close(pair.B.T @ pair.B, torch.diag(values))
+
+
+def test_an_even_division_leaves_no_row_of_a_dead() -> None:
+    thin = WeightStep(torch.zeros(6, 3, dtype=torch.float64), random_step(0).right)
+    torch.testing.assert_close(evenly_divided_factors(thin, 2.0, torch.float64).A.norm(dim=1).double(),
+                               torch.full((3,), DEFAULT_A_SCALE, dtype=torch.float64))  # fmt: skip
+    thin.left[0, 0] = 1.0
+    pair = evenly_divided_factors(thin, 2.0, torch.float64)
+    torch.testing.assert_close(2.0 * pair.B @ pair.A, product(thin))
+    assert float(pair.A.norm(dim=1).min()) > 0
+    narrow = WeightStep(torch.ones(2, 3, dtype=torch.float64), thin.right)
+    pair = evenly_divided_factors(narrow, 2.0, torch.float64)
+    torch.testing.assert_close(2.0 * pair.B @ pair.A, product(narrow))
+    assert pair.A.shape == (3, 9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(multiplier=st.floats(-3.0, 3.0), seed=st.integers(0, 99), out=st.sampled_from([2, 6]))
+def test_a_line_of_steps_is_the_nearest_matrix_of_the_rank(multiplier: float, seed: int, out: int) -> None:
+    first, second = random_step(seed), random_step(seed + 100)
+    first, second = (WeightStep(step.left[:out], step.right) for step in (first, second))
+    cut = StepLine(first, second).at(multiplier)
+    total = product(first) + multiplier * product(second)
+    u, values, vh = torch.linalg.svd(total, full_matrices=False)
+    torch.testing.assert_close(product(cut), (u[:, :3] * values[:3]) @ vh[:3], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(cut.right.T @ cut.right, torch.eye(3, dtype=torch.float64))
+    assert cut.left.shape == second.left.shape
+
+
+def test_a_flat_spectrum_is_the_polar_factor_of_the_step() -> None:
+    solution = subspace(random_step(3).right, DenseMap(torch.randn(9, 6, dtype=torch.float64)), 1.0, 1.0)
+    flat = unit_step(solution, "flat")
+    polar = torch.from_numpy(scipy.linalg.polar(solution.projected.numpy())[0])
+    torch.testing.assert_close(flat.left, polar)
+    empty = Subspace(solution.basis, torch.zeros(6, 3, dtype=torch.float64), 1.0)
+    assert not unit_step(empty, "flat").left.any()
+
+
+def test_the_activation_scale_is_what_a_default_lora_has_on_the_same_inputs() -> None:
+    """Against PEFT's own default A, by simulation."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 12)
+    basis = torch.linalg.qr(torch.randn(12, 4, generator=generator, dtype=torch.float64))[0]
+    scale = activation_scale(float(inputs.square().sum()), float((inputs @ basis).square().sum()), 12, 4)
+    defaults = []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        a = torch.empty(4, 12, dtype=torch.float64)
+        torch.nn.init.kaiming_uniform_(a, a=5**0.5)
+        defaults.append(float((inputs @ a.T).square().sum()))
+    ours = float((inputs @ basis * scale).square().sum())
+    assert abs(ours / (sum(defaults) / len(defaults)) - 1) < 0.1
+    assert activation_scale(0.0, 0.0, 12, 4) == DEFAULT_A_SCALE
+    assert activation_scale(1.0, 0.0, 12, 4) == pytest.approx(16 * DEFAULT_A_SCALE)
 
 
 @settings(max_examples=25, deadline=None)

@@ -24,8 +24,22 @@ ROBUST = Preset(
     config=LoraDAConfig(),
 )
 
+LORA_ONE = Preset(
+    name="lora_one",
+    summary="LoRA-One (arXiv 2502.01235): the gradient's singular subspace, divided evenly; the scale is searched",
+    estimator="identity",
+    config=LoraDAConfig(beta=0.0, balance="even"),
+)
+
+SPECTRAL = Preset(
+    name="spectral",
+    summary="gradient flow's spectral start (arXiv 2503.06982): as lora_one, all singular values alike",
+    estimator="identity",
+    config=LoraDAConfig(beta=0.0, balance="even", spectrum="flat"),
+)
+
 
 @hookimpl
 def lora_da_presets() -> list[Preset]:
-    """Offers `paper` and `robust`."""
-    return [PAPER, ROBUST]
+    """Offers `paper`, `robust`, `lora_one` and `spectral`."""
+    return [PAPER, ROBUST, LORA_ONE, SPECTRAL]
