@@ -1,53 +1,57 @@
-"""LoraFactors to PEFT, all or nothing: the only room that imports peft."""
+"""LoraFactors to PEFT, all or nothing; with its own rooms the only one that imports peft."""
 
 from __future__ import annotations
 
 import copy
-import difflib
-import hashlib
-import itertools
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
-from lora_da_core.errors import AdapterError, OptionError, TargetError
-from lora_da_core.types import LayerSpec, LoraFactors, RunReport
+from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter_targets import (
+    PREFIX,
+    Targets,
+    adapters_disabled,
+    base_of,
+    check_saved_modules,
+    chosen_config,
+    config_of,
+    factor_parameters,
+    fault,
+    is_peft_model,
+    lora_layers,
+    resolve_targets,
+)
+from lora_da_core.adapter_variants import check_adapter_name, check_config
+from lora_da_core.errors import AdapterError, OptionError
+from lora_da_core.types import LoraFactors
 
-PREFIX = "base_model.model."
-KINDS = {"Linear": "linear", "Conv1D": "conv1d"}
-"""Supported module classes: both compute y = Wx + b over the last dimension."""
-
-FINGERPRINT_ELEMENTS = 1024
-"""Elements of each parameter that enter a fingerprint."""
-
-PLAIN_INITS = (True, False, "gaussian")
-"""PEFT's own initialisations that leave the base weights alone, so that ours may replace what they wrote."""
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The layers an adapter adapts: specifications, and the base modules by name."""
-
-    specs: tuple[LayerSpec, ...]
-    modules: Mapping[str, nn.Module]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of `lora-da verify`."""
-
-    name: str
-    passed: bool
-    detail: str
+__all__ = [
+    "Check",
+    "Targets",
+    "adapters_disabled",
+    "apply",
+    "base_digests",
+    "base_of",
+    "check_adapter_name",
+    "chosen_config",
+    "config_of",
+    "digest",
+    "fingerprint",
+    "is_peft_model",
+    "lora_config",
+    "resolve_targets",
+    "state_dict",
+    "verify",
+    "write",
+]
 
 
 def lora_config(
@@ -107,178 +111,6 @@ def _check_regex(option: str, pattern: str) -> None:
         raise OptionError(f"{option} {pattern!r} is no regular expression: {error}.") from error
 
 
-def is_peft_model(model: nn.Module) -> bool:
-    """Whether the model is wrapped by PEFT already."""
-    return isinstance(model, PeftModel)
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model to run: a PeftModel's own base, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """The base function alone, whatever adapters the model carries."""
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-    else:
-        yield
-
-
-def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
-    """The LoRA configuration of an adapter of a PeftModel.
-
-    Args:
-        model: A PeftModel.
-        adapter_name: The adapter.
-
-    Returns:
-        Its configuration.
-
-    Raises:
-        TargetError: The model is not a PeftModel, or has no such LoRA adapter.
-    """
-    if not isinstance(model, PeftModel):
-        raise TargetError(f"a PeftModel is needed, this is a {type(model).__name__}; call get_peft_model first.")
-    if adapter_name not in model.peft_config:
-        names = ", ".join(model.peft_config)
-        raise TargetError(f"the model has no adapter {adapter_name!r}; it has: {names}.")
-    config = model.peft_config[adapter_name]
-    if not isinstance(config, LoraConfig):
-        raise TargetError(f"adapter {adapter_name!r} is {config.peft_type}, not LoRA.")
-    return config
-
-
-def chosen_config(model: nn.Module, peft_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
-    """The LoRA configuration of a run: the one that is given, or the PeftModel's own.
-
-    Args:
-        model: A base model, or a PeftModel that has the adapter.
-        peft_config: The configuration, or None.
-        adapter_name: The adapter.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        TargetError: The model is not a PeftModel and no configuration is given, or its base function is not to be had.
-        OptionError: The adapter has another rank or scaling than the configuration that is given.
-    """
-    layers = _lora_layers(base_of(model))
-    if layers and not isinstance(model, PeftModel):
-        raise TargetError("the model holds LoRA layers, but is no PeftModel; pass the PeftModel, or remove them first.")
-    if any(layer.merged for layer in layers.values()):
-        raise TargetError("an adapter is merged into the model's weights; call unmerge_adapter() first.")
-    if peft_config is None or isinstance(model, PeftModel):
-        own = config_of(model, adapter_name)
-        for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-            if peft_config is not None and getattr(own, name) != getattr(peft_config, name):
-                raise OptionError(
-                    f"adapter {adapter_name!r} of the PeftModel has {name}={getattr(own, name)!r}, the configuration "
-                    f"{getattr(peft_config, name)!r}; leave the configuration out."
-                )
-        return own
-    return peft_config
-
-
-def resolve_targets(model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default") -> Targets:
-    """Asks PEFT itself which modules the configuration adapts, at what rank and scaling.
-
-    Args:
-        model: A base model, which is left as it is, or a PeftModel that has the adapter.
-        peft_config: The LoRA configuration.
-        adapter_name: The adapter's name.
-
-    Returns:
-        The layers in the model's order.
-
-    Raises:
-        TargetError: Nothing matches, or a match cannot be initialised; the message names it.
-        OptionError: The configuration asks PEFT for an initialisation that would change the base.
-    """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TargetError("the model is compiled; pass the model that was given to torch.compile (model._orig_mod).")
-    if peft_config.init_lora_weights not in PLAIN_INITS:
-        raise OptionError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} is another initialisation; leave it at True."
-        )
-    if peft_config.target_parameters:
-        raise TargetError("target_parameters is not supported yet; use target_modules.")
-    base = base_of(model)
-    layers = _lora_layers(base) if isinstance(model, PeftModel) else _lora_layers(_skeleton(base, peft_config))
-    specs = [_spec(name, layer, adapter_name) for name, layer in layers.items() if adapter_name in layer.scaling]
-    if not specs:
-        raise TargetError(f"no layer carries the adapter {adapter_name!r}.")
-    named = dict(base.named_modules())
-    modules = {spec.name: _base_layer(named[spec.name]) for spec in specs}
-    return Targets(tuple(specs), modules)
-
-
-def _base_layer(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
-
-
-def _lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-
-
-def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
-    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
-    tensors: Iterator[Tensor] = itertools.chain(base.parameters(), base.buffers())
-    trainable = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clone = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
-            get_peft_model(clone, copy.deepcopy(peft_config), adapter_name="default", low_cpu_mem_usage=True)
-        return clone
-    except (ValueError, re.error) as error:
-        raise TargetError(_no_match(base, peft_config, error)) from error
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str:
-    targets = peft_config.target_modules
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
-    endings = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in KINDS}
-    )
-    close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
-    hint = f"Closest: {', '.join(close)}. " if close else ""
-    return (
-        f"target_modules {wanted} cannot be adapted. {hint}Linear layers here: {', '.join(endings)}. PEFT says: {error}"
-    )
-
-
-def _spec(name: str, layer: LoraLayer, adapter_name: str) -> LayerSpec:
-    module = layer.get_base_layer()
-    classes = [cls.__name__ for cls in type(module).__mro__]
-    kind = next((KINDS[cls] for cls in classes if cls in KINDS), None)
-    if kind is None or adapter_name not in layer.lora_A:
-        raise TargetError(
-            f"layer {name} is a {type(module).__name__}; supported are {', '.join(KINDS)}. "
-            "Leave it out with exclude_modules."
-        )
-    if adapter_name in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter_name]).__name__
-        raise TargetError(f"layer {name} uses the LoRA variant {variant}, which is not supported.")
-    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    rank, in_features, out_features = a.shape[0], a.shape[1], b.shape[0]
-    if rank > min(in_features, out_features):
-        raise TargetError(
-            f"rank {rank} is above min(in, out) = {min(in_features, out_features)} of layer {name} "
-            f"({out_features} × {in_features}). Choose a smaller rank, or set one for it in rank_pattern."
-        )
-    scaling = float(layer.scaling[adapter_name])
-    if not (math.isfinite(scaling) and scaling > 0):
-        raise TargetError(f"PEFT scales layer {name} by {scaling}; give a lora_alpha (and alpha_pattern) above 0.")
-    return LayerSpec(name, kind, in_features, out_features, rank, scaling)
-
-
 def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """The factors under the key names of a saved PEFT adapter.
 
@@ -298,41 +130,126 @@ def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
 def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:
     """Writes A and B into an adapter and reads them back; on any failure the adapter is as it was.
 
+    The adapter then computes W + scaling·B·A: the biases of `lora_bias` are zero and DoRA's magnitudes are those of the
+    sum. Layers that cannot be initialised keep what they hold, or get PEFT's initialisation where they are on meta.
+
     Args:
         model: A PeftModel with that adapter.
         state: PEFT key names, as `state_dict` gives them.
         adapter_name: The adapter.
 
     Raises:
-        AdapterError: The adapter holds something else afterwards.
+        AdapterError: The factors do not fit, or the adapter holds something else afterwards.
     """
-    config_of(model, adapter_name)
-    parameters = _adapter_parameters(model, adapter_name)
-    _same_keys(parameters, state, adapter_name)
-    on_meta = any(parameter.is_meta for parameter in parameters.values())
-    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
-    complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    complete.update(state)
+    check_config(config_of(model, adapter_name))
+    check_saved_modules(model, adapter_name)
+    _same_keys(factor_parameters(model, adapter_name), state, adapter_name)
+    layers = [layer for layer in lora_layers(model.get_base_model()).values() if adapter_name in layer.scaling]
+    tokens = [module for module in model.modules() if _trains_tokens(module, adapter_name)]
+    before = [saved for layer in (*layers, *tokens) for saved in _snapshot(layer, adapter_name)]
     try:
-        set_peft_model_state_dict(model, complete, adapter_name=adapter_name, low_cpu_mem_usage=on_meta)
-        _check_written(_adapter_parameters(model, adapter_name), state)
-    except Exception as error:
-        for key, parameter in _adapter_parameters(model, adapter_name).items():
-            if not parameter.is_meta and not before[key].is_meta:
-                parameter.data.copy_(before[key])
-        if isinstance(error, AdapterError):
+        for layer in layers:
+            _materialise(layer, adapter_name, model.peft_config[adapter_name].init_lora_weights)
+        for module in tokens:
+            _start_tokens(module, adapter_name)
+        complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+        complete.update(state)
+        set_peft_model_state_dict(model, complete, adapter_name=adapter_name)
+        _check_written(factor_parameters(model, adapter_name), state)
+        for layer in layers:
+            if not fault(layer, adapter_name):
+                _complete(layer, adapter_name)
+        _check_real(model, adapter_name)
+    except BaseException as error:
+        for saved in before:
+            saved.restore()
+        if isinstance(error, AdapterError) or not isinstance(error, Exception):
             raise
         raise AdapterError(f"PEFT refused the factors of adapter {adapter_name!r}: {error}") from error
 
 
-def _adapter_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
-    found = {}
-    for name, layer in _lora_layers(model.get_base_model()).items():
-        for part in ("lora_A", "lora_B"):
-            factors = getattr(layer, part)
-            if adapter_name in factors:
-                found[f"{PREFIX}{name}.{part}.weight"] = factors[adapter_name].weight
-    return found
+@dataclass(frozen=True)
+class _Saved:
+    """One parameter of an adapter as it was."""
+
+    owner: nn.Module
+    name: str
+    parameter: nn.Parameter
+    values: Tensor
+
+    def restore(self) -> None:
+        setattr(self.owner, self.name, self.parameter)
+        if not self.parameter.is_meta:
+            self.parameter.data.copy_(self.values)
+
+
+def _trains_tokens(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta
+
+
+def _own_parameters(
+    layer: LoraLayer | TrainableTokensLayer, adapter_name: str
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter of a layer's adapter, with the module that holds it."""
+    for part in layer.adapter_layer_names:
+        holder = getattr(layer, part)
+        if adapter_name not in holder:
+            continue
+        if isinstance(holder, nn.ParameterDict):
+            yield holder, adapter_name, holder[adapter_name]
+        else:
+            for name, parameter in holder[adapter_name].named_parameters(recurse=False):
+                yield holder[adapter_name], name, parameter
+
+
+def _snapshot(layer: LoraLayer | TrainableTokensLayer, adapter_name: str) -> list[_Saved]:
+    return [_Saved(owner, name, p, p.detach().clone()) for owner, name, p in _own_parameters(layer, adapter_name)]
+
+
+def _materialise(layer: LoraLayer, adapter_name: str, init: bool | str) -> None:
+    """Gives what is on the meta device values, at PEFT's own initialisation, on the base layer's device."""
+    hollow = [entry for entry in _own_parameters(layer, adapter_name) if entry[2].is_meta]
+    base = next(layer.get_base_layer().parameters(), torch.empty(0))
+    if not hollow or base.is_meta:
+        return
+    for owner, name, parameter in hollow:
+        # On meta PEFT leaves out its cast to the base's dtype, by which a float64 model gets a float64 adapter.
+        dtype = torch.promote_types(parameter.dtype, base.dtype) if base.is_floating_point() else parameter.dtype
+        made = torch.zeros_like(parameter, device=base.device, dtype=dtype)
+        setattr(owner, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+    if fault(layer, adapter_name):
+        # `False` keeps what torch drew when the layer was made, which on meta is nothing.
+        layer.reset_lora_parameters(adapter_name, init or True)
+
+
+def _start_tokens(module: TrainableTokensLayer, adapter_name: str) -> None:
+    """Gives trainable tokens that are on the meta device the base's rows, as PEFT does elsewhere."""
+    tokens = module.trainable_tokens_delta
+    if tokens[adapter_name].is_meta:
+        values = module.trainable_tokens_original[adapter_name].clone()
+        tokens[adapter_name] = nn.Parameter(values, requires_grad=tokens[adapter_name].requires_grad)
+
+
+def _complete(layer: LoraLayer, adapter_name: str) -> None:
+    """What else the function W + scaling·B·A needs, once A and B are written."""
+    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if b.bias is not None:
+        b.bias.data.zero_()
+    if adapter_name in layer.lora_magnitude_vector:
+        dora = layer.lora_magnitude_vector[adapter_name]
+        magnitude = dora.weight
+        scaling = layer.scaling[adapter_name]
+        with torch.no_grad():
+            dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a.weight, lora_B=b.weight, scaling=scaling)
+            magnitude.copy_(dora.weight)
+        # PEFT makes a new parameter, which an optimiser would not know.
+        dora.weight = magnitude
+
+
+def _check_real(model: PeftModel, adapter_name: str) -> None:
+    hollow = [name for name, value in model.named_parameters() if value.is_meta and adapter_name in name.split(".")]
+    if hollow:
+        raise AdapterError(f"{hollow[0]} is still on the meta device after writing: the adapter would be lost.")
 
 
 def _same_keys(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], adapter_name: str) -> None:
@@ -369,100 +286,16 @@ def apply(
     Returns:
         The PeftModel, as `peft.get_peft_model` returns it.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check_config(peft_config)
+    check_adapter_name(adapter_name)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten below
         peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
     try:
         write(peft_model, state_dict(factors), adapter_name)
     except BaseException:
         peft_model.unload()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, value in before:
+            parameter.requires_grad_(value)
         raise
     return peft_model
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, whatever its device."""
-    data = tensor.detach().cpu().contiguous().view(-1)
-    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
-    whole = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
-        whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
-    return whole.hexdigest()
-
-
-def base_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every base parameter, by its name in the unwrapped model."""
-    return {name: digest(parameter) for name, parameter in _base_parameters(model)}
-
-
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
-        # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
-
-
-def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:
-    """Reloads a saved adapter with stock PEFT and compares it with the run's report.
-
-    Args:
-        directory: The adapter's directory.
-        model: A fresh base model; it carries the adapter afterwards.
-        report: The run's report.
-        batch: An input of the model, without labels.
-
-    Returns:
-        One check each, passed or not.
-
-    Raises:
-        AdapterError: PEFT cannot load the adapter onto this model.
-    """
-    seen = fingerprint(model)
-    digests = base_digests(model)
-    before = _logits(model, batch)
-    try:
-        loaded = PeftModel.from_pretrained(model, str(directory))
-    except Exception as error:
-        raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
-    loaded.eval()
-    parameters = _adapter_parameters(loaded, "default")
-    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in report.layers}
-    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in report.layers})
-    wrong = [key for key, value in expected.items() if key not in parameters or digest(parameters[key]) != value]
-    default = sorted(set(parameters) - set(expected))
-    after = base_digests(loaded)
-    changed = [name for name, value in digests.items() if after.get(name) != value]
-    with loaded.disable_adapter():
-        disabled = _logits(loaded, batch)
-    moved = float((_logits(loaded, batch) - before).abs().max())
-    return [
-        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(expected), "tensors")),
-        Check("no module left at its default", not default, _listed(default, len(parameters), "tensors")),
-        Check("the base is the one the run saw", seen == report.base, "by fingerprint"),
-        Check("base weights bitwise unchanged", not changed, _listed(changed, len(digests), "weights")),
-        Check("disable_adapter gives the base logits exactly", torch.equal(before, disabled), "bitwise comparison"),
-        Check("the adapter changes the logits", moved > 0, f"largest change {moved:.3g}"),
-    ]
-
-
-def _listed(faults: Sequence[str], total: int, noun: str) -> str:
-    return f"{len(faults)} of {total} {noun} differ, the first is {faults[0]}" if faults else f"{total} {noun}"
-
-
-def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    mode = model.training
-    model.eval()
-    with torch.no_grad():
-        output = model(**batch)
-    model.train(mode)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits

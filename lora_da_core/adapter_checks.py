@@ -1,0 +1,120 @@
+"""Whether a saved adapter is what was computed, on the base it was computed for: digests, fingerprints, reloading."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lora_da_core.adapter_targets import PREFIX, base_of, factor_parameters
+from lora_da_core.errors import AdapterError
+from lora_da_core.types import RunReport
+
+FINGERPRINT_ELEMENTS = 1024
+"""Elements of each parameter that enter a fingerprint."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `lora-da verify`."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, whatever its device."""
+    data = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
+    whole = hashlib.sha256()
+    for name, parameter in sorted(_base_parameters(model)):
+        whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().reshape(-1)
+            whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
+    return whole.hexdigest()
+
+
+def base_digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every base parameter, by its name in the unwrapped model."""
+    return {name: digest(parameter) for name, parameter in _base_parameters(model)}
+
+
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
+        # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
+        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+            for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
+                name = name.replace(wrapper, ".")
+            yield name, parameter
+
+
+def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:
+    """Reloads a saved adapter with stock PEFT and compares it with the run's report.
+
+    Args:
+        directory: The adapter's directory.
+        model: A fresh base model; it carries the adapter afterwards.
+        report: The run's report.
+        batch: An input of the model, without labels.
+
+    Returns:
+        One check each, passed or not.
+
+    Raises:
+        AdapterError: PEFT cannot load the adapter onto this model.
+    """
+    seen = fingerprint(model)
+    digests = base_digests(model)
+    before = _logits(model, batch)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(directory))
+    except Exception as error:
+        raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
+    loaded.eval()
+    parameters = factor_parameters(loaded, "default")
+    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in report.layers}
+    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in report.layers})
+    wrong = [key for key, value in expected.items() if key not in parameters or digest(parameters[key]) != value]
+    default = sorted(set(parameters) - set(expected))
+    after = base_digests(loaded)
+    changed = [name for name, value in digests.items() if after.get(name) != value]
+    with loaded.disable_adapter():
+        disabled = _logits(loaded, batch)
+    moved = float((_logits(loaded, batch) - before).abs().max())
+    return [
+        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(expected), "tensors")),
+        Check(
+            "no module that can be initialised is left at its default",
+            not default,
+            _listed(default, len(parameters), "tensors"),
+        ),
+        Check("the base is the one the run saw", seen == report.base, "by fingerprint"),
+        Check("base weights bitwise unchanged", not changed, _listed(changed, len(digests), "weights")),
+        Check("disable_adapter gives the base logits exactly", torch.equal(before, disabled), "bitwise comparison"),
+        Check("the adapter changes the logits", moved > 0, f"largest change {moved:.3g}"),
+    ]
+
+
+def _listed(faults: Sequence[str], total: int, noun: str) -> str:
+    return f"{len(faults)} of {total} {noun} differ, the first is {faults[0]}" if faults else f"{total} {noun}"
+
+
+def _logits(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    mode = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model(**batch)
+    model.train(mode)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits

@@ -1,0 +1,305 @@
+"""Which layers an adapter adapts: PEFT is asked, and what cannot be initialised is named with the reason."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from lora_da_core.adapter_variants import check_config
+from lora_da_core.errors import OptionError, TargetError
+from lora_da_core.types import LayerSpec, Unsupported
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base's modules."""
+
+KINDS = {"Linear": "linear", "Conv1D": "conv1d"}
+"""Supported module classes: both compute y = Wx + b over the last dimension."""
+
+SKELETON = "default"
+"""The adapter's name on a skeleton, whatever the real one will be called."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The layers an adapter adapts: specifications, the base modules by name, and what stays at PEFT's own init."""
+
+    specs: tuple[LayerSpec, ...]
+    modules: Mapping[str, nn.Module]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Reason by name of the module."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is skipped, for the report."""
+        return [f"left at PEFT's own initialisation: {name} ({reason})" for name, reason in self.skipped.items()]
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether the model is wrapped by PEFT already."""
+    return isinstance(model, PeftModel)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model to run: a PeftModel's own base, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base function alone, whatever adapters the model carries."""
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            yield
+    else:
+        yield
+
+
+def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
+    """The LoRA configuration of an adapter of a PeftModel.
+
+    Args:
+        model: A PeftModel.
+        adapter_name: The adapter.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        TargetError: The model is not a PeftModel, or has no such LoRA adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise TargetError(f"a PeftModel is needed, this is a {type(model).__name__}; call get_peft_model first.")
+    if adapter_name not in model.peft_config:
+        names = ", ".join(model.peft_config)
+        raise TargetError(f"the model has no adapter {adapter_name!r}; it has: {names}.")
+    config = model.peft_config[adapter_name]
+    if config.peft_type is not PeftType.LORA:
+        raise TargetError(f"adapter {adapter_name!r} is {config.peft_type.value}, not LoRA.")
+    return config
+
+
+def chosen_config(model: nn.Module, peft_config: LoraConfig | None, adapter_name: str) -> LoraConfig:
+    """The LoRA configuration of a run: the one that is given, or the PeftModel's own.
+
+    Args:
+        model: A base model, or a PeftModel that has the adapter.
+        peft_config: The configuration, or None.
+        adapter_name: The adapter.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        TargetError: The model is not a PeftModel and no configuration is given, or its base function is not to be had,
+            or the configuration asks for an unsupported variant of LoRA.
+        OptionError: The adapter has another rank or scaling than the configuration that is given, or the configuration
+            is another tuner's or another initialisation's.
+    """
+    if peft_config is not None:
+        check_config(peft_config)
+    layers = lora_layers(base_of(model))
+    if layers and not isinstance(model, PeftModel):
+        raise TargetError("the model holds LoRA layers, but is no PeftModel; pass the PeftModel, or remove them first.")
+    if any(layer.merged for layer in layers.values()):
+        raise TargetError("an adapter is merged into the model's weights; call unmerge_adapter() first.")
+    if peft_config is None or isinstance(model, PeftModel):
+        own = config_of(model, adapter_name)
+        for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if peft_config is not None and getattr(own, name) != getattr(peft_config, name):
+                raise OptionError(
+                    f"adapter {adapter_name!r} of the PeftModel has {name}={getattr(own, name)!r}, the configuration "
+                    f"{getattr(peft_config, name)!r}; leave the configuration out."
+                )
+        check_config(own)
+        return own
+    return peft_config
+
+
+def resolve_targets(
+    model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", unsupported: Unsupported = "error"
+) -> Targets:
+    """Asks PEFT itself which modules the configuration adapts, at what rank and scaling.
+
+    Args:
+        model: A base model, which is left as it is, or a PeftModel that has the adapter.
+        peft_config: The LoRA configuration.
+        adapter_name: The adapter's name, where the model carries it.
+        unsupported: Whether a match that cannot be initialised is an error or is skipped.
+
+    Returns:
+        The layers in the model's order.
+
+    Raises:
+        TargetError: Nothing matches, or a match cannot be initialised; the message names it.
+        OptionError: The configuration asks PEFT for an initialisation that would change the base.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TargetError("the model is compiled; pass the model that was given to torch.compile (model._orig_mod).")
+    check_config(peft_config)
+    check_saved_modules(model, adapter_name)
+    base = base_of(model)
+    carried = adapter_name if isinstance(model, PeftModel) else SKELETON
+    found = lora_layers(base if isinstance(model, PeftModel) else _skeleton(base, peft_config))
+    layers = {name: layer for name, layer in found.items() if carried in layer.scaling}
+    if not layers:
+        raise TargetError(f"no layer carries the adapter {adapter_name!r}.")
+    _check_tying(peft_config, layers, carried)
+    skipped = {name: reason for name, layer in layers.items() if (reason := fault(layer, carried))}
+    if skipped and (unsupported == "error" or len(skipped) == len(layers)):
+        name, reason = next(iter(skipped.items()))
+        raise TargetError(
+            f"layer {name} {reason}. Leave it out with exclude_modules, or at PEFT's own initialisation with "
+            "unsupported='default' while other layers are initialised."
+        )
+    specs = tuple(_spec(name, layer, carried) for name, layer in layers.items() if name not in skipped)
+    named = dict(base.named_modules())
+    return Targets(specs, {spec.name: _base_layer(named[spec.name]) for spec in specs}, skipped)
+
+
+def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
+    """Refuses a PeftModel whose `modules_to_save` have no values, since PEFT made them on the meta device.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Raises:
+        TargetError: One has none; the message names it.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter_name not in module.modules_to_save:
+            continue
+        if any(parameter.is_meta for parameter in module.modules_to_save[adapter_name].parameters()):
+            raise TargetError(
+                f"the copy of {name} that modules_to_save asks for is on the meta device; make the adapter without "
+                "low_cpu_mem_usage."
+            )
+
+
+def fault(layer: LoraLayer, adapter_name: str) -> str:
+    """Why the adapter of a layer cannot be initialised.
+
+    Args:
+        layer: PEFT's layer, which carries the adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        The reason, to stand after the layer's name; empty where it can.
+    """
+    module = layer.get_base_layer()
+    if _kind(module) is None or adapter_name not in layer.lora_A:
+        return f"is a {type(module).__name__}; supported are {', '.join(KINDS)}"
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is not None and not isinstance(variant, DoraLinearVariant):
+        return f"uses the LoRA variant {type(variant).__name__}, which is not supported"
+    rank, in_features, out_features = _sizes(layer, adapter_name)
+    if rank > min(in_features, out_features):
+        return (
+            f"is {out_features} × {in_features}: rank {rank} is above min(in, out) = {min(in_features, out_features)}; "
+            "choose a smaller rank, or set one for it in rank_pattern"
+        )
+    return ""
+
+
+def lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
+    """PEFT's LoRA layers by module name."""
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def factor_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
+    """A and B of every layer that can be initialised.
+
+    Args:
+        model: A PeftModel.
+        adapter_name: The adapter.
+
+    Returns:
+        By the names of a saved adapter.
+    """
+    found = {}
+    for name, layer in lora_layers(model.get_base_model()).items():
+        if adapter_name in layer.scaling and not fault(layer, adapter_name):
+            found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight
+            found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight
+    return found
+
+
+@contextmanager
+def keeping_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Gives every parameter its `requires_grad` back."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.requires_grad_(value)
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _check_tying(peft_config: LoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    """PEFT makes tied layers share their factors, but an embedding's are laid out the other way."""
+    tied = [name for name, layer in layers.items() if adapter_name in layer.lora_embedding_A]
+    if tied and getattr(peft_config, "ensure_weight_tying", False):
+        raise TargetError(
+            f"ensure_weight_tying is not supported where {tied[0]}, an embedding, is adapted; leave one out."
+        )
+
+
+def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
+    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
+    tensors: Iterator[Tensor] = itertools.chain(base.parameters(), base.buffers())
+    try:
+        with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            clone = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+            get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
+        return clone
+    except (TypeError, ValueError, re.error) as error:
+        raise TargetError(_no_match(base, peft_config, error)) from error
+
+
+def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str:
+    targets = peft_config.target_modules
+    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    endings = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in KINDS}
+    )
+    close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
+    hint = f"Closest: {', '.join(close)}. " if close else ""
+    return (
+        f"target_modules {wanted} cannot be adapted. {hint}Linear layers here: {', '.join(endings)}. PEFT says: {error}"
+    )
+
+
+def _kind(module: nn.Module) -> str | None:
+    return next((KINDS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in KINDS), None)
+
+
+def _sizes(layer: LoraLayer, adapter_name: str) -> tuple[int, int, int]:
+    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return a.shape[0], a.shape[1], b.shape[0]
+
+
+def _spec(name: str, layer: LoraLayer, adapter_name: str) -> LayerSpec:
+    rank, in_features, out_features = _sizes(layer, adapter_name)
+    scaling = float(layer.scaling[adapter_name])
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise TargetError(f"PEFT scales layer {name} by {scaling}; give a lora_alpha (and alpha_pattern) above 0.")
+    return LayerSpec(name, _kind(layer.get_base_layer()) or "", in_features, out_features, rank, scaling)
