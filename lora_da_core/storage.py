@@ -31,16 +31,12 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
     Raises:
         StorageError: It is a file, holds something that is not an earlier run, or may not be replaced.
     """
-    if directory.exists() and not directory.is_dir():
-        raise StorageError(f"{directory} is a file; give a directory.")
+    check_writable(directory)
     if directory.exists() and any(directory.iterdir()):
         if not overwrite:
             raise StorageError(f"{directory} exists and is not empty; give another directory, or --overwrite.")
         if not (directory / REPORT_FILE).exists():
             raise StorageError(f"{directory} holds no earlier run of lora-da, so it is not overwritten.")
-    parent = _existing_parent(directory)
-    if not os.access(parent, os.W_OK):
-        raise StorageError(f"{directory} cannot be created: {parent} is not writable.")
 
 
 def save_run(
@@ -65,18 +61,35 @@ def save_run(
     """
     directory = directory.absolute()
     check_output(directory, overwrite=overwrite)
+
+    def fill(fresh: Path) -> None:
+        write_adapter(str(fresh))
+        write_json(fresh / REPORT_FILE, report_to_json(report))
+        write_json(fresh / SETTINGS_FILE, dict(settings))
+
+    replace_directory(directory, fill)
+
+
+def replace_directory(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Writes a directory completely or not at all: a temporary sibling, flushed to disk, then renamed.
+
+    Args:
+        directory: Where it belongs, absolute; what is there is replaced.
+        fill: Writes the files into the directory it is given.
+
+    Raises:
+        StorageError: Something cannot be written; nothing is left behind.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        workspace = Path(tempfile.mkdtemp(prefix=workspace_prefix(directory), dir=directory.parent))
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error}") from error
     try:
         fresh, old = workspace / "new", workspace / "old"
         fresh.mkdir()
-        write_adapter(str(fresh))
-        _write_json(fresh / REPORT_FILE, report_to_json(report))
-        _write_json(fresh / SETTINGS_FILE, dict(settings))
-        _make_durable(fresh, mode=(fresh / REPORT_FILE).stat().st_mode)
+        fill(fresh)
+        _make_durable(fresh, mode=_usual_mode(workspace))
         _exchange(fresh, directory, old)
         _flush(directory.parent)
     except (OSError, SafetensorError) as error:
@@ -85,8 +98,20 @@ def save_run(
         shutil.rmtree(workspace, ignore_errors=True)
 
 
+def workspace_prefix(directory: Path) -> str:
+    """How the names of the temporary siblings start that `replace_directory` makes of a directory."""
+    return f".{directory.name}."
+
+
+def _usual_mode(workspace: Path) -> int:
+    """The mode that the user's umask gives to a new file."""
+    sample = workspace / "mode"
+    sample.touch()
+    return sample.stat().st_mode
+
+
 def _make_durable(fresh: Path, *, mode: int) -> None:
-    """Gives every file the mode that the user's umask gives (safetensors writes 0600), and flushes it to disk."""
+    """Gives every file the usual mode (safetensors writes 0600), and flushes it to disk."""
     for path in [*fresh.rglob("*"), fresh]:
         if path.is_file():
             path.chmod(mode)
@@ -185,11 +210,25 @@ def _finite_or_none(value: Any) -> Any:
     return [_finite_or_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def _existing_parent(directory: Path) -> Path:
-    return next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
+def check_writable(directory: Path) -> None:
+    """Refuses a directory that cannot be made or written into, before any work.
+
+    Args:
+        directory: Where something will be written.
+
+    Raises:
+        StorageError: It is a file, or it or the nearest parent that exists is not writable.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise StorageError(f"{directory} is a file; give a directory.")
+    parents = [directory.absolute(), *directory.absolute().parents]
+    parent = next(parent for parent in parents if parent.exists())
+    if not os.access(parent, os.W_OK):
+        raise StorageError(f"{directory} cannot be created: {parent} is not writable.")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON value, which must hold finite numbers alone."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
