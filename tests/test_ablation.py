@@ -1,6 +1,7 @@
 import base64
 import copy
 import hashlib
+import html
 import json
 import math
 import os
@@ -10,23 +11,23 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
-from scipy import linalg, stats
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from scipy import linalg
 from typer.testing import CliRunner
 
 import lora_da_core.models
+from conftest import ROWS
 from lora_da_core import adapter
-from lora_da_core.ablation import comparison, make_grid, plan, read_grid, run_grid
+from lora_da_core.ablation import make_grid, plan, read_grid, run_grid
 from lora_da_core.ablation.cells import GroupRun
 from lora_da_core.ablation.fidelity import principal_angle, span
 from lora_da_core.ablation.finetune import TrainingData, held_out_loss
@@ -39,33 +40,7 @@ from lora_da_core.errors import DataError, OptionError, StorageError
 from lora_da_core.pipeline import Pipeline
 from lora_da_core.registry import Registry
 
-ROWS = 48
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A directory with a tiny model and data that it can learn something from."""
-    root = tmp_path_factory.mktemp("ablation")
-    words = ["<unk>", "<s>", "</s>", "<pad>", "Q", "A", ":", *(f"w{place}" for place in range(40))]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **specials).save_pretrained(root / "model")
-    shape = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(shape).save_pretrained(root / "model")
-    draw = torch.Generator().manual_seed(1)
-    rows = [
-        {"question": " ".join(f"w{i}" for i in text[:5]), "answer": " ".join(f"w{i % 8}" for i in text[5:])}
-        for text in torch.randint(40, (ROWS, 12), generator=draw).tolist()
-    ]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
 
 
 def content(world, grid, *, finetune=None, **run):
@@ -247,8 +222,9 @@ class TestCells:
         space = Workspace(make_grid(given).run, Registry())
         for cell in make_grid(given).cells[::3]:
             alone = GroupRun(space)._with_population(cell)
-            batches = space.draw(cell.samples, cell.seed).batches
-            result = pipeline_of(space.registry, alone).run(space.model, batches, space.lora(cell.rank))
+            draw, pipeline = space.draw(cell.samples, cell.seed), pipeline_of(space.registry, alone)
+            pipeline.config = replace(pipeline.config, samples=draw.samples)
+            result = pipeline.run(space.model, [*draw.batches, *draw.unseen], space.lora(cell.rank))
             assert records[cell.id]["base_loss"] == result.report.loss
             digests = "".join(layer.digest_A + layer.digest_B for layer in result.report.layers)
             assert records[cell.id]["digest"] == hashlib.sha256(digests.encode()).hexdigest()
@@ -548,55 +524,6 @@ class TestPlan:
         assert plan(small, tmp_path / "out").seconds == 0
 
 
-def record_of(estimator, seed, losses, *, baseline=None, rank=2, angle=0.5, rate=1e-3):
-    """A finished cell as the comparison reads it."""
-    settings = dict.fromkeys(comparison._settings())
-    settings |= {"estimator": None if baseline else estimator, "baseline": baseline, "rank": rank}
-    curves = [{"learning_rate": rate, "steps": [0, 5], "losses": [9.0, loss]} for loss in losses]
-    return {**settings, "status": "done", "seed": seed, "curves": curves, "angle": angle, "seconds": 1.0,
-            "peak_bytes": 2**20, "angle_max": 1.0, "objective_gap": 0.1, "passes": 1, "not_converged": 0,
-            "cell": f"{estimator}{seed}", "spent": 1.0, "reference": "r"}  # fmt: skip
-
-
-class TestComparison:
-    def test_differences_are_paired_by_seed(self):
-        ours, base = {0: 1.0, 1: 2.5, 2: 4.0}, {0: 1.5, 1: 2.75, 2: 4.75, 3: 99.0}
-        records = [record_of("kfac", seed, [loss]) for seed, loss in ours.items()]
-        records += [record_of("", seed, [loss], baseline="default") for seed, loss in base.items()]
-        (found,) = comparison.differences(comparison.configurations(records), "default")
-        gaps = np.array([-0.5, -0.25, -0.75])
-        expected = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
-        assert found.interval.count == 3 and found.interval.mean == pytest.approx(-0.5)
-        assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
-        assert (found.mean, found.other) == pytest.approx((2.5, 3.0))
-
-    def test_a_rank_is_compared_to_its_own_and_a_diverged_seed_is_left_out(self):
-        records = [record_of("kfac", 0, [1.0], rank=4), record_of("kfac", 1, [None], rank=4)]
-        records += [record_of("", s, [2.0], rank=4, baseline="default") for s in (0, 1)]
-        records += [record_of("", s, [7.0], rank=8, baseline="default") for s in (0, 1)]
-        (found,) = comparison.differences(comparison.configurations(records), "default")
-        assert found.interval.count == 1 and found.interval.mean == -1.0 and math.isnan(found.interval.low)
-
-    def test_the_best_rate_is_each_ones_own(self):
-        record = record_of("kfac", 0, [3.0])
-        record["curves"].append({"learning_rate": 1e-2, "steps": [0, 5], "losses": [9.0, 2.0]})
-        other = record_of("", 0, [1.0], baseline="default")
-        other["curves"].append({"learning_rate": 1e-2, "steps": [0, 5], "losses": [9.0, None]})
-        found = comparison.differences(comparison.configurations([record, other]), "default")
-        assert {each.measure: each.interval.mean for each in found} == {"loss, lr 0.001": 2.0, "loss, best lr": 1.0}
-
-    def test_labels_tell_configurations_apart(self, world):
-        grid = make_grid(content(world, {"estimator": ["kfac", {"name": "kfac", "output": "full"}, "ekfac"],
-                                         "solver": ["auto", "eigh"], "beta": [0.03, 1.0], "rank": [2, 4],
-                                         "baseline": ["eva"]}, seeds=[0, 1]))  # fmt: skip
-        records = [
-            {**cell.settings(), "cell": cell.id, "status": "done", "curves": [], "angle": None} for cell in grid.cells
-        ]
-        labels = [each.label for each in comparison.configurations(records)]
-        assert len(labels) == len(set(labels)) == 3 * 2 * 2 * 2 + 2
-        assert "kfac(output=full) eigh r=4 β=1" in labels and "PEFT eva r=2" in labels
-
-
 class TestReport:
     @pytest.fixture(scope="class")
     @classmethod
@@ -617,23 +544,41 @@ class TestReport:
 
         Reader().feed(page)
         images = [attrs["src"] for tag, attrs in tags if tag == "img"]
-        assert len(images) == 2
-        for name, source in zip(("pareto.png", "losses.png"), images, strict=True):
+        names = [f"{name}_r2" for name in ("cost_time", "cost_memory", "losses", "differences", "rates", "compute")]
+        assert {path.stem for path in (out / "pictures").iterdir()} == set(names)
+        for name, source in zip(names, images, strict=True):
             kind, data = source.split(",", 1)
             assert kind == "data:image/png;base64"
-            assert base64.b64decode(data) == (out / name).read_bytes()
-        assert not re.search(r"(src|href)=.?(https?:|//|\.)", page)
-        assert not {"script", "link"} & {tag for tag, _ in tags}
+            assert base64.b64decode(data) == (out / "pictures" / f"{name}.png").read_bytes()
+        assert not re.search(r"(src|href)=.?(https?:|//|\.)|url\(|@import", page)
+        assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in tags}
 
     def test_both_reports_hold_the_same_tables(self, out):
         page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
-        rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
-        cells = re.findall(r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>", page)
-        assert [cell.strip() for row in rows for cell in row.strip("|").split("|")] == [
-            re.sub("&lt;", "<", re.sub("&gt;", ">", re.sub("&#x27;", "'", cell))) for cell in cells
-        ]
-        assert "## Paired differences against default" in text and "95 % interval" in text
-        assert text.count("rank 17 is above") == 6
+        rows = [line for line in text.splitlines() if line.startswith("| ")]
+        heads = [place for place, line in enumerate(rows) if "| ---" in line]
+        body = [row for place, row in enumerate(rows) if place not in heads and place + 1 not in heads]
+        cells = re.findall(r"<td(?: [^>]*)?>(.*?)</td>", page)
+        assert [cell.strip() for row in body for cell in row[1:-1].split(" |")] == [html.unescape(c) for c in cells]
+        assert len(heads) == page.count("<table>") == 4
+        assert "## Paired differences against PEFT default" in text and "## At each one's best learning rate" in text
+        assert text.count("rank 17 is above") == 3 and "| 0, 1 |" in text
+
+    def test_the_page_tells_how_to_run_it_again(self, out, world):
+        text = (out / "report.md").read_text()
+        grid = make_grid(tomllib.loads(text.split("```toml\n")[1].split("```")[0]))
+        assert {cell.id for cell in grid.cells} == {record["cell"] for record in Results(out).read()}
+        for told in (str(world / "model"), torch.__version__, "0, 1", "12: 6 done, 6 failed"):
+            assert told in text
+
+    def test_cells_of_another_run_are_counted_and_not_mixed_in(self, world, tmp_path):
+        run_grid(content(world, {"rank": [2], "estimator": ["identity"]}), tmp_path / "out")
+        run_grid(content(world, {"rank": [3]}, lora_alpha=4.0), tmp_path / "out")
+        text = (tmp_path / "out" / "report.md").read_text()
+        assert "1 more in the directory" in text and "**Adapter**: all-linear, rank 3, lora_alpha 4" in text
+        assert "identity" not in text
+        run_grid(content(world, {"rank": [2], "estimator": ["identity"]}), tmp_path / "out")
+        assert "identity" in (tmp_path / "out" / "report.md").read_text()
 
     def test_parquet_holds_every_record(self, out):
         records = Results(out).read()

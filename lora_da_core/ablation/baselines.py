@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from peft import (
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from lora_da_core.batches import to_device
 from lora_da_core.errors import AdapterError, OptionError
-from lora_da_core.types import Batch
+from lora_da_core.types import Batch, LoraFactors
 
 PASSES: Final[Mapping[str, int]] = {"default": 0, "eva": 1, "lora_ga": 1, "pissa": 0, "olora": 0, "corda": 1}
 """How often each reads the data."""
+
+_A_ENDING: Final = ".lora_A.default.weight"
 
 
 def initialise(
@@ -58,20 +60,55 @@ def initialise(
         # They announce that the base changes, which is why it is a copy.
         warnings.simplefilter("ignore", UserWarning)
         wrapped = makers[name](model, batches, common)
-    for layer, a in lora_a(wrapped).items():
-        if a.shape[0] != settings["r"]:
-            raise AdapterError(f"PEFT's {name} gave layer {layer} rank {a.shape[0]} instead of {settings['r']}.")
+    for layer, pair in factors_of(wrapped).items():
+        rank = pair.A.shape[0]
+        if rank != settings["r"]:
+            raise AdapterError(f"PEFT's {name} gave layer {layer} rank {rank} instead of {settings['r']}.")
     return wrapped
 
 
-def lora_a(model: PeftModel) -> dict[str, Tensor]:
-    """A (r, in) of every adapted layer, by its name in the base model."""
-    ending = ".lora_A.default.weight"
-    return {
-        name.removesuffix(ending).removeprefix("base_model.model."): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.endswith(ending)
-    }
+def factors_of(model: PeftModel) -> dict[str, LoraFactors]:
+    """A (r, in) and B (out, r) of every adapted layer, by its name in the base model; copies."""
+    found: dict[str, LoraFactors] = {}
+    parameters = dict(model.named_parameters())
+    for name in parameters:
+        if name.endswith(_A_ENDING):
+            stem = name.removesuffix(_A_ENDING)
+            b = parameters[f"{stem}{_A_ENDING.replace('lora_A', 'lora_B')}"]
+            pair = LoraFactors(parameters[name].detach().clone(), b.detach().clone())
+            found[stem.removeprefix("base_model.model.")] = pair
+    return found
+
+
+def offset_of(wrapped: PeftModel, base: nn.Module, start: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
+    """What an initialisation took out of the base weights, as factors.
+
+    Args:
+        wrapped: The initialised model.
+        base: The model as it was before.
+        start: The factors of `wrapped`.
+
+    Returns:
+        The starting factors of the layers whose weight is now W − scaling·B·A; nothing of layers left alone.
+
+    Raises:
+        AdapterError: A weight has become something else.
+    """
+    found = {}
+    for name, pair in start.items():
+        layer = wrapped.get_submodule(f"base_model.model.{name}")
+        before = cast(Tensor, base.get_submodule(name).weight)
+        taken = before.float() - layer.base_layer.weight.to(before.device).float()
+        if not bool(taken.any()):
+            continue
+        product = layer.scaling["default"] * (pair.B.float() @ pair.A.float()).to(before.device)
+        expected = product.mT if type(layer.base_layer).__name__ == "Conv1D" else product
+        # The weights are kept in their own dtype, so they differ by its rounding.
+        allowed = 4 * torch.finfo(before.dtype).eps * float(before.abs().max() + expected.abs().max())
+        if float((taken - expected).abs().max()) > allowed:
+            raise AdapterError(f"the initialisation changed {name} by something else than its own starting product.")
+        found[name] = pair
+    return found
 
 
 def _plain(kind: Any) -> Callable[[nn.Module, Sequence[Batch], dict[str, Any]], PeftModel]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from lora_da_core.ablation.finetune import Curve, finetune, seeded
 from lora_da_core.ablation.grid import Cell, Group, pipeline_of
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.ablation.results import DONE, FAILED, Record
+from lora_da_core.ablation.stacked import Member, finetune_together
 from lora_da_core.ablation.workspace import Workspace
+from lora_da_core.components import Components
 from lora_da_core.estimation import Estimates
-from lora_da_core.pipeline import Components
+from lora_da_core.sizing import SEARCH_SAMPLES
+from lora_da_core.types import LayerSpec, LoraFactors
 
 RESULT_FIELDS: Mapping[str, Any] = {
     "error": None,
@@ -31,6 +34,7 @@ RESULT_FIELDS: Mapping[str, Any] = {
     "peak_bytes": None,
     "memory": {},
     "passes": None,
+    "searched": None,
     "reference": None,
     "reference_error": None,
     "angle": None,
@@ -58,6 +62,17 @@ class Shared:
     reused: bool
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A cell that is done but for its fine-tune, which it will have together with others."""
+
+    cell: Cell
+    group: Group
+    record: Record
+    factors: Mapping[str, LoraFactors]
+    offset: Mapping[str, LoraFactors]
+
+
 class GroupRun:
     """Runs groups one after the other; it keeps the reference of the last data draw.
 
@@ -68,27 +83,45 @@ class GroupRun:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._reference: tuple[Any, Reference | None, str | None] = (None, None, None)
+        self._starts: dict[str, tuple[Mapping[str, LoraFactors], Mapping[str, LoraFactors]]] = {}
 
-    def records(self, group: Group) -> Iterator[Record]:
-        """The cells of a group, each finished before the next begins; a failure is a record like any other.
+    def records(self, *groups: Group) -> Iterator[Record]:
+        """The cells of groups, each finished before the next begins; a failure is a record like any other.
+
+        Cells that are fine-tuned together finish together.
 
         Args:
-            group: The cells.
+            *groups: The cells.
 
         Yields:
             One record per cell.
         """
+        tune = self.workspace.run.finetune
+        waiting: list[Waiting] = []
+        for group in groups:
+            for cell, record in self._group_records(group):
+                if cell.id not in self._starts:
+                    yield record
+                    continue
+                waiting.append(Waiting(cell, group, record, *self._starts.pop(cell.id)))
+                if tune is not None and len(waiting) * len(tune.learning_rates) >= tune.together:
+                    yield from self._finetuned_together(waiting)
+                    waiting = []
+        if waiting:
+            yield from self._finetuned_together(waiting)
+
+    def _group_records(self, group: Group) -> Iterator[tuple[Cell, Record]]:
         cells = [self._with_population(cell) for cell in group.cells]
         if cells[0].baseline is not None:
             for cell in cells:
-                yield self._record(cell, group, lambda cell=cell: self._baseline(cell))  # type: ignore[misc]
+                yield cell, self._record(cell, group, lambda cell=cell: self._baseline(cell))  # type: ignore[misc]
             return
         start = time.perf_counter()
         try:
             estimates, memory = self._estimated(cells)
         except Exception as error:
             for cell in cells:
-                yield failed_record(cell, group, error, time.perf_counter() - start)
+                yield cell, failed_record(cell, group, error, time.perf_counter() - start)
                 start = time.perf_counter()
             return
         waited = time.perf_counter() - start
@@ -97,7 +130,37 @@ class GroupRun:
             record = self._record(cell, group, lambda cell=cell, shared=shared: self._solved(cell, shared))  # type: ignore[misc]
             if number == 0:
                 record["spent"] += waited
-            yield record
+            yield cell, record
+
+    def _finetuned_together(self, waiting: Sequence[Waiting]) -> Iterator[Record]:
+        from lora_da_core import adapter
+
+        space, tune = self.workspace, self.workspace.run.finetune
+        assert tune is not None
+        start, rates = time.perf_counter(), tune.learning_rates
+        try:
+            targets = adapter.resolve_targets(space.model, space.lora(1))
+            specs = {
+                each.cell.rank: adapter.resolve_targets(space.model, space.lora(each.cell.rank)).specs
+                for each in waiting
+            }
+            members = [
+                Member(
+                    each.factors, space.training(each.cell.seed), rate, each.offset, _scalings(specs[each.cell.rank])
+                )
+                for each in waiting
+                for rate in rates
+            ]
+            curves = finetune_together(space.model, targets.modules, targets.specs, members, tune)
+        except Exception as error:
+            for each in waiting:
+                spent = each.record["spent"] + (time.perf_counter() - start) / len(waiting)
+                yield failed_record(each.cell, each.group, error, spent)
+            return
+        share = (time.perf_counter() - start) / len(waiting)
+        for place, each in enumerate(waiting):
+            own = curves[place * len(rates) : (place + 1) * len(rates)]
+            yield {**each.record, "curves": [asdict(curve) for curve in own], "spent": each.record["spent"] + share}
 
     def _with_population(self, cell: Cell) -> Cell:
         if cell.config.population is not None:
@@ -118,8 +181,9 @@ class GroupRun:
         # The smallest rank: too few tokens for a larger one is that cell's failure alone.
         lora = space.lora(min(each.rank for each in cells))
         pipeline = pipeline_of(space.registry, cell)
+        pipeline.config = replace(pipeline.config, samples=draw.samples)
         with PeakMemory(space.device) as memory:
-            estimates = pipeline.estimate(space.model, draw.batches, lora)
+            estimates = pipeline.estimate(space.model, [*draw.batches, *draw.unseen], lora)
         return estimates, memory
 
     def _solved(self, cell: Cell, shared: Shared) -> dict[str, Any]:
@@ -142,6 +206,7 @@ class GroupRun:
                 "solve": memory.peak,
             },
             "passes": pipeline.components.estimator.passes,
+            "searched": _searched(result.report.scale, pipeline.config.balance),
             "applies": sum(layer.applies for layer in layers),
             "not_converged": sum(not layer.converged for layer in layers),
             "remedied": sum(bool(layer.remedies) for layer in layers),
@@ -151,6 +216,9 @@ class GroupRun:
         }
         found |= self._fidelity(cell, {name: pair.A for name, pair in result.factors.items()}, shared.estimates)
         if space.run.finetune is None:
+            return found
+        if space.run.finetune.together > 1:
+            self._starts[cell.id] = (result.factors, {})
             return found
         wrapped = adapter.apply(space.model, lora, result.factors)
         try:
@@ -179,8 +247,14 @@ class GroupRun:
             "passes": baselines.PASSES[cell.baseline],
             "notes": list(draw.notes),
         }
-        found |= self._fidelity(cell, baselines.lora_a(wrapped), None)
-        return found if space.run.finetune is None else found | self._finetuned(cell, wrapped)
+        factors = baselines.factors_of(wrapped)
+        found |= self._fidelity(cell, {name: pair.A for name, pair in factors.items()}, None)
+        if space.run.finetune is None:
+            return found
+        if space.run.finetune.together > 1:
+            self._starts[cell.id] = (factors, baselines.offset_of(wrapped, space.model, factors))
+            return found
+        return found | self._finetuned(cell, wrapped)
 
     def _fidelity(self, cell: Cell, factors: Mapping[str, Tensor], estimates: Estimates | None) -> dict[str, Any]:
         if self.workspace.run.reference == "none":
@@ -267,6 +341,17 @@ def _head(cell: Cell, group: Group, status: str) -> Record:
         **cell.settings(),
         **copy.deepcopy(dict(RESULT_FIELDS)),
     }
+
+
+def _searched(scale: Mapping[str, Any], balance: str) -> int:
+    """Samples that went forward through the model to size the step: every loss, the base's, and one look at A·x."""
+    searches = [search for search in (*scale.get("earlier", ()), scale) if "tried" in search]
+    looks = int(bool(searches) and balance == "activation")
+    return SEARCH_SAMPLES * (looks + sum(1 + len(search["tried"]) for search in searches))
+
+
+def _scalings(specs: Sequence[LayerSpec]) -> dict[str, float]:
+    return {spec.name: spec.scaling for spec in specs}
 
 
 def _same_estimators(estimates: Estimates, parts: Components) -> bool:

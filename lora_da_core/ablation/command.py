@@ -24,6 +24,9 @@ class AblateOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many cells there are, and how long they would take.")
     ] = False
+    executor: Annotated[
+        str, typer.Option(metavar="local|ray", help="Where groups run: on this machine, or on Ray's workers.")
+    ] = "local"
     jobs: Annotated[int, typer.Option(help="Groups of cells that run at once, in processes of their own.")] = 1
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells that failed once more.")] = False
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="the grid's")] = None
@@ -40,14 +43,15 @@ def ablate(options: AblateOptions) -> None:
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data", "device")}
     grid = read_grid(options.grid, **{name: value for name, value in given.items() if value is not None})
+    how: dict[str, Any] = {name: getattr(options, name) for name in ("executor", "jobs", "retry_failed")}
     if options.dry_run:
-        found = plan(grid, options.output, jobs=options.jobs, retry_failed=options.retry_failed)
+        found = plan(grid, options.output, **how)
         typer.echo(f"cells: {found.cells}, {found.finished} of them finished")
         typer.echo(f"groups to estimate: {found.groups}")
         typer.echo(f"estimated time: {'unknown' if found.seconds is None else f'{found.seconds:.0f} s'}")
         return
     with _notes_in_records():
-        records = run_grid(grid, options.output, jobs=options.jobs, retry_failed=options.retry_failed, on_record=_tell)
+        records = run_grid(grid, options.output, on_record=_tell, **how)
     failed = sum(record["status"] == FAILED for record in records)
     typer.echo(f"{len(records)} cells, {failed} failed; report: {options.output / HTML}")
     if failed == len(records):

@@ -11,10 +11,16 @@ from typing import Any, Final
 
 from lora_da_core.ablation.grid import COMPONENTS, CONFIG_AXES
 from lora_da_core.ablation.results import DONE, Record
+from lora_da_core.pipeline import DEFAULT_PRESET
+from lora_da_core.report import number
 
 CONFIDENCE: Final = 0.95
 
-_SYMBOLS: Final = {"alpha": "α", "beta": "β", "gamma": "γ", "rank": "r", "samples": "n", "damping": "ρ"}
+LOSS: Final = "loss"
+BEST: Final = f"{LOSS}, best lr"
+"""Measures of a difference."""
+
+_SYMBOLS: Final = {"alpha": "α", "beta": "β", "gamma": "γ", "samples": "n", "damping": "ρ"}
 
 
 @dataclass
@@ -23,13 +29,22 @@ class Configuration:
 
     Attributes:
         label: Short name: what distinguishes it from the others of the report.
+        name: The same without the rank.
+        kind: What it is drawn as: its estimator or baseline; its solver where there is one estimator alone.
         first: The record of one of its cells, for its settings.
         by_seed: Its finished cells.
     """
 
     label: str
+    name: str
+    kind: str
     first: Record
     by_seed: dict[int, Record] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """LoRA's r."""
+        return int(self.first["rank"])
 
     def mean(self, name: str) -> float:
         """Mean of a field over seeds; NaN where no cell has it."""
@@ -46,6 +61,14 @@ class Configuration:
                     found[seed] = dict(zip(curve["steps"], losses, strict=True))
         return found
 
+    def survivors(self, rate: float) -> dict[int, dict[int, float]]:
+        """`losses` of the seeds that did not diverge."""
+        return {
+            seed: losses
+            for seed, losses in self.losses(rate).items()
+            if losses and all(map(math.isfinite, losses.values()))
+        }
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -56,12 +79,30 @@ class Interval:
     high: float
     count: int
 
+    @property
+    def half(self) -> float:
+        """Half the interval's width."""
+        return self.high - self.mean
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether all of it lies on one side of zero; never with fewer than two values."""
+        return self.low > 0 or self.high < 0
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A configuration against the baseline, paired by seed."""
+    """A configuration against the baseline, paired by seed.
 
-    label: str
+    Attributes:
+        configuration: What is compared.
+        measure: What of it.
+        mean: Its mean over the seeds that both have.
+        other: The baseline's.
+        interval: Of the differences (configuration − baseline).
+    """
+
+    configuration: Configuration
     measure: str
     mean: float
     other: float
@@ -95,14 +136,12 @@ def configurations(records: Sequence[Record]) -> list[Configuration]:
         Configurations in the order of their first record, with labels that tell them apart.
     """
     done = [record for record in records if record["status"] == DONE]
-    varied = _varied([record for record in done if record["baseline"] is None])
-    ranks = len({record["rank"] for record in done}) > 1
+    wording = _Wording(done)
     found: dict[str, Configuration] = {}
     for record in done:
-        key = json.dumps([record[name] for name in _settings()], sort_keys=True)
+        key = json.dumps([record.get(name) for name in _settings()], sort_keys=True)
         if key not in found:
-            found[key] = Configuration(_label(record, varied, ranks), record)
-        # Seeds of a configuration that was run under two identities (another device, say): the last one counts.
+            found[key] = Configuration(wording.label(record), wording.name(record), wording.kind(record), record)
         found[key].by_seed[record["seed"]] = record
     return list(found.values())
 
@@ -130,22 +169,30 @@ def differences(found: Sequence[Configuration], baseline: str) -> list[Differenc
     """
     result = []
     for each in found:
-        other = _counterpart(found, each, baseline)
+        other = counterpart(found, each, baseline)
         if other is None or other is each:
             continue
         rates = learning_rates([each, other])
-        pairs = [(f"loss, lr {rate:g}", final_losses(each, rate), final_losses(other, rate)) for rate in rates]
+        pairs = [(f"{LOSS}, lr {rate:g}", final_losses(each, rate), final_losses(other, rate)) for rate in rates]
         if len(rates) > 1:
-            pairs.append(("loss, best lr", best_final_losses(each), best_final_losses(other)))
+            pairs.append((BEST, best_final_losses(each), best_final_losses(other)))
         if not rates:
             pairs = [("angle [°]", _angles(each), _angles(other))]
         for measure, ours, theirs in pairs:
             seeds = sorted(set(ours) & set(theirs))
             if seeds:
-                gaps = interval([ours[seed] - theirs[seed] for seed in seeds])
                 mine, base = (statistics.fmean(side[seed] for seed in seeds) for side in (ours, theirs))
-                result.append(Difference(each.label, measure, mine, base, gaps))
+                result.append(Difference(each, measure, mine, base, paired(ours, theirs)))
     return result
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
+    """Mean and interval of ours − theirs over the seeds that both have.
+
+    >>> paired({0: 1.0, 1: 2.0, 2: 9.0}, {0: 2.0, 1: 4.0}).mean
+    -1.5
+    """
+    return interval([ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))])
 
 
 def learning_rates(found: Sequence[Configuration]) -> list[float]:
@@ -156,17 +203,20 @@ def learning_rates(found: Sequence[Configuration]) -> list[float]:
 
 def final_losses(each: Configuration, rate: float) -> dict[int, float]:
     """Held-out loss at the last evaluated step by seed; seeds that diverged are left out."""
-    finals = {seed: losses[max(losses)] for seed, losses in each.losses(rate).items()}
-    return {seed: loss for seed, loss in finals.items() if math.isfinite(loss)}
+    return {seed: losses[max(losses)] for seed, losses in each.survivors(rate).items()}
+
+
+def best_rate(each: Configuration) -> float | None:
+    """The rate whose mean final loss is lowest, among those where the most seeds survived; None without any."""
+    rates = {rate: final_losses(each, rate) for rate in learning_rates([each])}
+    alive = [rate for rate, losses in rates.items() if losses]
+    return min(alive, key=lambda rate: (-len(rates[rate]), statistics.fmean(rates[rate].values())), default=None)
 
 
 def best_final_losses(each: Configuration) -> dict[int, float]:
-    """`final_losses` at the rate whose mean over seeds is lowest, among those where the most seeds survived."""
-    rates = {rate: final_losses(each, rate) for rate in learning_rates([each])}
-    alive = {rate: losses for rate, losses in rates.items() if losses}
-    if not alive:
-        return {}
-    return min(alive.values(), key=lambda losses: (-len(losses), statistics.fmean(losses.values())))
+    """`final_losses` at `best_rate`."""
+    rate = best_rate(each)
+    return {} if rate is None else final_losses(each, rate)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -188,11 +238,21 @@ def _angles(each: Configuration) -> dict[int, float]:
     return {seed: math.degrees(record["angle"]) for seed, record in each.by_seed.items() if record["angle"] is not None}
 
 
-def _counterpart(found: Sequence[Configuration], each: Configuration, baseline: str) -> Configuration | None:
+def counterpart(found: Sequence[Configuration], each: Configuration, baseline: str) -> Configuration | None:
+    """What a configuration is compared to.
+
+    Args:
+        found: All configurations.
+        each: One of them.
+        baseline: A baseline's or an estimator's name.
+
+    Returns:
+        The baseline's configuration of the same rank, which may be `each` itself; None where there is none.
+    """
     alike = [
         other
         for other in found
-        if baseline in (other.first["baseline"], other.first["estimator"]) and other.first["rank"] == each.first["rank"]
+        if baseline in (other.first["baseline"], other.first["estimator"]) and other.rank == each.rank
     ]
     if each in alike:
         return alike[0]
@@ -201,43 +261,74 @@ def _counterpart(found: Sequence[Configuration], each: Configuration, baseline: 
 
 
 def _common(one: Mapping[str, Any], two: Mapping[str, Any]) -> int:
-    return sum(one[name] == two[name] for name in _settings())
+    return sum(one.get(name) == two.get(name) for name in _settings())
 
 
 def _settings() -> tuple[str, ...]:
+    """What tells configurations apart; records of an earlier version may lack some."""
     parts = tuple(name for kind in COMPONENTS for name in (kind, f"{kind}_options"))
     return ("baseline", *parts, "rank", "samples", *CONFIG_AXES)
 
 
+class _Wording:
+    """Short names for the configurations of some finished cells.
+
+    A setting is named where it differs among the cells of one preset; what differs between presets alone is told by
+    the preset's name.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        ours = [record for record in records if record["baseline"] is None]
+        self.ranks = len({record["rank"] for record in records}) > 1
+        self.presets = len({record.get("preset") for record in ours}) > 1
+        self.varied = _varied(ours)
+        self.by = next((kind for kind in COMPONENTS if len({self._component(r, kind) for r in ours}) > 1), "estimator")
+
+    def label(self, record: Record) -> str:
+        """The name, and the rank where there are several."""
+        return f"{self.name(record)} r={record['rank']}" if self.ranks else self.name(record)
+
+    def name(self, record: Record) -> str:
+        """What tells the configuration from others of its rank."""
+        if record["baseline"] is not None:
+            return f"PEFT {record['baseline']}"
+        preset = record.get("preset")
+        parts = [str(preset)] if self.presets and preset != DEFAULT_PRESET else []
+        parts += [self._component(record, kind) for kind in COMPONENTS if kind == "estimator" or self._touches(kind)]
+        for setting in _settings():
+            value = record.get(setting)
+            if setting in self.varied and setting.removesuffix("_options") not in COMPONENTS and setting != "rank":
+                if value is None:
+                    continue
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                shown = number(value, digits=6) if is_number else str(value)
+                parts.append(f"{_SYMBOLS.get(setting, setting)}={shown}")
+        return " ".join(parts)
+
+    def kind(self, record: Record) -> str:
+        """Estimator, solver or gradient: the first of them that varies; a baseline is a kind of its own."""
+        return self._component(record, self.by) if record["baseline"] is None else f"PEFT {record['baseline']}"
+
+    def _touches(self, kind: str) -> bool:
+        return bool({kind, f"{kind}_options"} & self.varied)
+
+    def _component(self, record: Record, kind: str) -> str:
+        options = record[f"{kind}_options"] or {}
+        shown = [f"{key}={value}" for key, value in options.items() if f"{kind} {record[kind]} {key}" in self.varied]
+        return f"{record[kind]}({', '.join(shown)})" if shown else str(record[kind])
+
+
 def _varied(records: Sequence[Record]) -> set[str]:
-    """Settings with several values; `kind name option` for options of one component."""
-    seen: dict[str, set[str]] = {}
+    """Settings with several values within a preset; `kind name option` for options of one component."""
+    seen: dict[tuple[Any, str], set[str]] = {}
+
+    def note(record: Record, name: str, value: Any) -> None:
+        seen.setdefault((record.get("preset"), name), set()).add(json.dumps(value, sort_keys=True))
+
     for record in records:
         for name in _settings():
-            seen.setdefault(name, set()).add(json.dumps(record[name], sort_keys=True))
+            note(record, name, record.get(name))
         for kind in COMPONENTS:
             for key, value in (record[f"{kind}_options"] or {}).items():
-                seen.setdefault(f"{kind} {record[kind]} {key}", set()).add(json.dumps(value, sort_keys=True))
-    return {name for name, values in seen.items() if len(values) > 1}
-
-
-def _label(record: Record, varied: set[str], ranks: bool) -> str:
-    if record["baseline"] is not None:
-        return f"PEFT {record['baseline']}" + (f" r={record['rank']}" if ranks else "")
-    parts = [_component(record, kind, varied) for kind in COMPONENTS if kind == "estimator" or _touches(kind, varied)]
-    for name in _settings():
-        if name in varied and name.removesuffix("_options") not in COMPONENTS and record[name] is not None:
-            value = record[name]
-            shown = f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-            parts.append(f"{_SYMBOLS.get(name, name)}={shown}")
-    return " ".join(parts)
-
-
-def _touches(kind: str, varied: set[str]) -> bool:
-    return bool({kind, f"{kind}_options"} & varied)
-
-
-def _component(record: Record, kind: str, varied: set[str]) -> str:
-    options = record[f"{kind}_options"] or {}
-    shown = [f"{key}={value}" for key, value in options.items() if f"{kind} {record[kind]} {key}" in varied]
-    return f"{record[kind]}({', '.join(shown)})" if shown else str(record[kind])
+                note(record, f"{kind} {record[kind]} {key}", value)
+    return {name for (_, name), values in seen.items() if len(values) > 1}

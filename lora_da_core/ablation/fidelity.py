@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lora_da_core.ablation.grid import omega_key
 from lora_da_core.ablation.memory import available_bytes
+from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates
 from lora_da_core.omega import formed, omega
-from lora_da_core.pipeline import DEFAULT_PRESET, Components, Pipeline
+from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
 from lora_da_core.types import LayerSpec
 

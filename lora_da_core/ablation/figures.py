@@ -1,187 +1,232 @@
-"""The pictures of a grid: cost against fidelity, and loss curves."""
+"""What every picture of a report shares, and the pictures of cost against fidelity."""
 
 from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from lora_da_core.ablation.comparison import (
-    Configuration,
-    best_final_losses,
-    interval,
-    learning_rates,
-    pareto,
-)
+from lora_da_core.ablation.comparison import Configuration, pareto
+from lora_da_core.ablation.labels import MARKER, place_labels
 from lora_da_core.report import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-MOST_CURVES: Final = 8
-"""Configurations in the picture of loss curves: the best ones, and what they are compared to."""
+MOST_RANKS: Final = 4
+"""Ranks that get pictures of their own, the smallest ones; tables hold all."""
+
+MOST_NAMES: Final = 12
+"""Points of a picture that are all named; where there are more, only those that no other beats are."""
 
 WIDE_RANGE: Final = 10.0
 """From this ratio on, costs are drawn on a logarithmic axis."""
 
-SMALL_ANGLE: Final = 1.0
-"""Degrees; where the smallest angle is below it, angles are drawn on a logarithmic axis."""
+SMALL_ANGLE: Final = 5.0
+"""Degrees; where half of the angles are below it, angles are drawn on a logarithmic axis."""
 
 COSTS: Final = (
-    ("seconds", 1.0, "time of the initialisation [s]"),
-    ("peak_bytes", 2.0**20, "peak memory of the initialisation [MiB]"),
+    ("time", "seconds", 1.0, "time of the initialisation [s]"),
+    ("memory", "peak_bytes", 2.0**20, "peak memory of the initialisation [MiB]"),
 )
-_MARKERS: Final = "osD^v<>Ph*"
+
+_SIZE: Final = (5.6, 4.0)
+_LEGEND_ROW: Final = 0.19
+_LEGEND_WIDTH: Final = 78
+"""Characters that a row of a legend holds."""
+_DPI: Final = 170
+_MARKERS: Final = "osD^v<>Ph*X"
 _COLOURS: Final = 10
 
 
-def pareto_picture(found: Sequence[Configuration]) -> bytes | None:
-    """Time and memory against the angle to the reference, one point per configuration.
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the report.
+
+    Attributes:
+        name: Of its file, without the ending.
+        title: What it shows, for those who do not see it.
+        png: The file.
+    """
+
+    name: str
+    title: str
+    png: bytes
+
+
+def ranks_of(found: Sequence[Configuration]) -> list[int]:
+    """The ranks that are drawn."""
+    return sorted({each.rank for each in found})[:MOST_RANKS]
+
+
+def with_angle(found: Sequence[Configuration]) -> list[Configuration]:
+    """Configurations whose fidelity is known."""
+    return [each for each in found if math.isfinite(each.mean("angle"))]
+
+
+def front_of(found: Sequence[Configuration], cost: str) -> list[Configuration]:
+    """Configurations that no other of their rank beats in both a cost and the angle.
+
+    Args:
+        found: Configurations.
+        cost: Name of a record's field.
+
+    Returns:
+        Rank by rank, the cheapest first.
+    """
+    front = []
+    for rank in sorted({each.rank for each in found}):
+        alike = [each for each in with_angle(found) if each.rank == rank and math.isfinite(each.mean(cost))]
+        front += [alike[place] for place in pareto([(each.mean(cost), each.mean("angle")) for each in alike])]
+    return front
+
+
+def cost_pictures(found: Sequence[Configuration]) -> list[Picture]:
+    """Time and memory against the angle to the reference, one point per configuration, for each rank.
 
     Args:
         found: Configurations.
 
     Returns:
-        A PNG; None where nothing has an angle.
+        Two pictures per rank; none where nothing has an angle.
     """
-    shown = [each for each in found if math.isfinite(each.mean("angle"))]
-    if not shown:
-        return None
-    figure = _figure(12, 5.2 + 0.19 * ((len(shown) + 2) // 3))
-    panels = figure.subplots(1, 2)
-    for axes, (name, unit, title) in zip(panels, COSTS, strict=True):
-        _draw_costs(axes, shown, name, unit)
-        axes.set(xlabel=title, ylabel="angle to the reference, median over layers [°]")
-    _legend_below(figure, panels[0])
-    figure.suptitle("Cost against fidelity (means over seeds; dashed: not beaten in both)", fontsize=11)
-    return _png(figure)
-
-
-def loss_picture(found: Sequence[Configuration], baseline: str | None) -> bytes | None:
-    """Held-out loss by step, one panel per learning rate, with 95 % bands over seeds.
-
-    Args:
-        found: Configurations.
-        baseline: Name of what is compared to, which is always shown.
-
-    Returns:
-        A PNG; None where nothing was trained.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    rates = learning_rates(found)
-    if not rates:
-        return None
-    shown = _leading(found, baseline)
-    columns = min(3, len(rates))
-    rows = -(-len(rates) // columns)
-    figure = _figure(max(6.0, 4.4 * columns), 3.6 * rows + 0.4 + 0.19 * ((len(shown) + 2) // 3))
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for place, axes in enumerate(panels.flat):
-        if place >= len(rates):
-            axes.set_visible(False)
-            continue
-        for order, each in enumerate(shown):
-            _draw_curve(axes, each, rates[place], f"C{order % _COLOURS}", dashed=_is(each, baseline))
-        axes.set(title=f"learning rate {rates[place]:g}", xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.grid(alpha=0.25, lw=0.5)
-        if place % columns == 0:
-            axes.set_ylabel("held-out loss [nats per token]")
-    _legend_below(figure, panels.flat[0])
-    left = f"; {len(shown)} of {len(found)} configurations" if len(shown) < len(found) else ""
-    figure.suptitle(f"Held-out loss, mean and 95 % band over seeds{left}", fontsize=11)
-    return _png(figure)
-
-
-def _leading(found: Sequence[Configuration], baseline: str | None) -> list[Configuration]:
-    trained = [each for each in found if best_final_losses(each)]
-    ranked = sorted(trained, key=lambda each: interval(list(best_final_losses(each).values())).mean)
-    base = [each for each in ranked if _is(each, baseline)][: MOST_CURVES // 2]
-    others = [each for each in ranked if each not in base][: MOST_CURVES - len(base)]
-    return base + others
-
-
-def _is(each: Configuration, baseline: str | None) -> bool:
-    return baseline is not None and baseline in (each.first["baseline"], each.first["estimator"])
-
-
-def _draw_costs(axes: Axes, shown: Sequence[Configuration], name: str, unit: float) -> None:
-    from matplotlib import colormaps
-
-    kinds = _kinds(shown)
-    names = list(dict.fromkeys(kinds))
-    palette = colormaps["tab10" if len(shown) <= _COLOURS else "tab20"]
-    colours = [palette(place) for place in range(palette.N)]
-    points = []
-    for place, each in enumerate(shown):
-        point = (each.mean(name) / unit, math.degrees(each.mean("angle")))
-        points.append(point)
-        kind = names.index(kinds[place])
-        axes.plot(
-            *point,
-            ls="",
-            marker=_MARKERS[kind % len(_MARKERS)],
-            color=colours[place % len(colours)],
-            ms=7,
-            alpha=0.85,
-            mec="black" if each.first["baseline"] else "none",
-            label=each.label,
-        )
-    front = [points[place] for place in pareto(points)]
-    axes.plot(*zip(*front, strict=True), ls="--", lw=1, color="grey", zorder=0)
-    costs = [cost for cost, _ in points]
-    if 0 < WIDE_RANGE * min(costs) < max(costs):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda cost, _: number(cost))
-        axes.xaxis.set_minor_formatter(lambda cost, _: "")
-    angles = [angle for _, angle in points]
-    if 0 < min(angles) < SMALL_ANGLE:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(-3, 93)
-        axes.set_yticks(range(0, 91, 15))
-    axes.grid(alpha=0.25, lw=0.5)
-
-
-def _kinds(shown: Sequence[Configuration]) -> list[str]:
-    """What the marker tells: the estimator, or the solver where all have the same estimator."""
-    estimators = {each.first["estimator"] for each in shown} - {None}
-    name = "estimator" if len(estimators) > 1 else "solver"
-    return [str(each.first["baseline"] or each.first[name]) for each in shown]
-
-
-def _draw_curve(axes: Axes, each: Configuration, rate: float, colour: str, *, dashed: bool) -> None:
-    by_seed = each.losses(rate)
-    steps = sorted({step for losses in by_seed.values() for step in losses})
-    bands = [
-        interval([losses[step] for losses in by_seed.values() if math.isfinite(losses.get(step, math.nan))])
-        for step in steps
+    shown = with_angle(found)
+    return [
+        _cost_picture([each for each in shown if each.rank == rank], cost) for rank in ranks_of(shown) for cost in COSTS
     ]
-    style = "--" if dashed else "-"
-    axes.plot(steps, [band.mean for band in bands], style, color=colour, marker=".", ms=4, lw=1.4, label=each.label)
-    if any(band.count > 1 for band in bands):
-        lows, highs = [band.low for band in bands], [band.high for band in bands]
-        axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, lw=0)
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
+def _cost_picture(shown: Sequence[Configuration], cost: tuple[str, str, float, str]) -> Picture:
+    what, name, unit, title = cost
+    kinds = list(dict.fromkeys(each.kind for each in shown))
+    front = front_of(shown, name)
+    named = [*front, *(each for each in shown if each not in front)] if len(shown) <= MOST_NAMES else front
+    points = {id(each): (each.mean(name) / unit, math.degrees(each.mean("angle"))) for each in shown}
+    figure = new_figure(kinds)
+    axes = figure.subplots()
+    for place, kind in enumerate(kinds):
+        alike = [points[id(each)] for each in shown if each.kind == kind]
+        hollow = any(each.first["baseline"] for each in shown if each.kind == kind)
+        axes.plot(
+            *zip(*alike, strict=True),
+            ls="",
+            marker=_MARKERS[place % len(_MARKERS)],
+            color=f"C{place % _COLOURS}",
+            mfc="none" if hollow else None,
+            ms=MARKER,
+            mew=1.4 if hollow else 0.0,
+            alpha=0.9,
+            label=kind,
+        )
+    corners = _steps([points[id(each)] for each in front])
+    axes.plot(*zip(*corners, strict=True), ls="--", lw=1, color="0.55", zorder=0)
+    axes.margins(0.1)
+    cost_axis(axes.xaxis, [point[0] for point in points.values()])
+    _angle_axis(axes, [point[1] for point in points.values()])
+    axes.set(
+        xlabel=title,
+        ylabel="angle to the reference [°]",
+        title=f"{what.capitalize()} and fidelity, rank {shown[0].rank}",
+    )
+    axes.grid(alpha=0.25, lw=0.5)
+    legend_below(figure, axes)
+    others = [points[id(each)] for each in shown if each not in named]
+    place_labels(axes, {each.name: points[id(each)] for each in named}, others, corners)
+    return Picture(
+        f"cost_{what}_r{shown[0].rank}", f"{what} against the angle to the reference, rank {shown[0].rank}", png(figure)
+    )
 
 
-def _figure(width: float, height: float) -> Figure:
+def _steps(front: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The line below which nothing is: from each point at its angle to the next one's cost, then down."""
+    corners = list(front[:1])
+    for (_, angle), point in pairwise(front):
+        corners += [(point[0], angle), point]
+    return corners
+
+
+def cost_axis(axis: Axis, values: Sequence[float]) -> None:
+    """A logarithmic axis where the values' range is wide; zeros keep a place of their own at its low end.
+
+    Args:
+        axis: The axis.
+        values: What is drawn along it, none negative.
+    """
+    positive = [value for value in values if value > 0]
+    if not positive or max(positive) < WIDE_RANGE * min(positive):
+        return
+    _logarithmic(axis, min(positive), zeros=len(positive) < len(values))
+
+
+def _angle_axis(axes: Axes, angles: Sequence[float]) -> None:
+    positive = sorted(angle for angle in angles if angle > 0)
+    if positive and positive[len(positive) // 2] < SMALL_ANGLE:
+        _logarithmic(axes.yaxis, positive[0], zeros=len(positive) < len(angles))
+        return
+    axes.set_ylim(-5, 95)
+    axes.set_yticks(range(0, 91, 15))
+
+
+def _logarithmic(axis: Axis, smallest: float, *, zeros: bool) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    decade = 10.0 ** math.floor(math.log10(smallest))
+    options = {"linthresh": decade, "linscale": 0.5} if zeros else {}
+    set_scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
+    set_scale("symlog" if zeros else "log", **options)
+    axis.set_major_formatter(lambda value, _: number(value))
+    axis.set_minor_formatter(NullFormatter())
+
+
+# Figures
+
+
+def new_figure(names: Sequence[str]) -> Figure:
+    """A figure of the report's size, with room for a legend of these names below it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    width, height = _SIZE
+    lines = [len(wrapped(name).split("\n")) for name in names]
+    rows = -(-sum(lines) // _columns(names)) if names else 0
+    figure = Figure(figsize=(width, height + _LEGEND_ROW * rows), layout="constrained", dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """The legend, in as many columns as its names allow."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        [wrapped(name) for name in names],
+        loc="outside lower center",
+        ncols=_columns(names),
+        fontsize=8,
+        frameon=False,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+
+
+def wrapped(name: str) -> str:
+    """A name in lines that fit into a legend."""
+    return "\n".join(textwrap.wrap(name, _LEGEND_WIDTH, break_on_hyphens=False))
+
+
+def _columns(names: Sequence[str]) -> int:
+    longest = max(len(name) for name in names) + 6
+    return max(1, min(len(names), 4, _LEGEND_WIDTH // longest))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
     return stream.getvalue()

@@ -49,15 +49,15 @@ class TrainingData:
     pad_token_id: int
     seed: int
 
-    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
-        """One batch per step: the samples in their order, reshuffled by the seed for every further round.
+    def draws(self, steps: int, batch_size: int) -> Iterator[list[Sample]]:
+        """The samples of each step: in their order, reshuffled by the seed for every further round.
 
         Args:
-            steps: How many batches.
+            steps: How many draws.
             batch_size: Samples in each; a round's end may fall within one.
 
         Yields:
-            The batches; the same for the same seed, whatever is trained.
+            The samples; the same for the same seed, whatever is trained.
         """
         generator = torch.Generator().manual_seed(self.seed)
         waiting: list[Sample] = []
@@ -67,6 +67,19 @@ class TrainingData:
                 waiting.extend(self.samples[index] for index in order)
                 order = torch.randperm(len(order), generator=generator).tolist()
             chosen, waiting = waiting[:batch_size], waiting[batch_size:]
+            yield chosen
+
+    def batches(self, steps: int, batch_size: int) -> Iterator[Batch]:
+        """`draws` as padded batches.
+
+        Args:
+            steps: How many batches.
+            batch_size: Samples in each.
+
+        Yields:
+            The batches.
+        """
+        for chosen in self.draws(steps, batch_size):
             yield batches(chosen, pad_token_id=self.pad_token_id, batch_size=batch_size)[0]
 
 

@@ -13,9 +13,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
+from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.pipeline import DEFAULT_PRESET, Components, Pipeline
+from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
 
 Choice = tuple[str, dict[str, Any]]
@@ -46,6 +47,10 @@ class FinetuneSettings:
         eval_steps: Steps at which the held-out loss is taken, 0 (before training) to `steps`.
         batch_size: Samples per step.
         held_out: Rows kept out of the initialisation and the training, the same ones for every seed.
+        validation: Rows of what is left that the loss is taken on instead, and that are not trained on either; the
+            held-out rows then stay unread. 0 takes the loss on the held-out rows.
+        together: Adapters trained at once, one for every cell and rate; 1 trains each by itself, as stock PEFT does.
+        tokens_at_once: Tokens of all these adapters in one pass; more is faster and takes more memory.
         weight_decay: AdamW's.
         max_grad_norm: Norm that gradients are cut to.
     """
@@ -55,12 +60,16 @@ class FinetuneSettings:
     eval_steps: tuple[int, ...]
     batch_size: int = 8
     held_out: int = 64
+    validation: int = 0
+    together: int = 1
+    tokens_at_once: int = 8192
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "held_out"):
+        for name in ("steps", "batch_size", "held_out", "together", "tokens_at_once"):
             _whole(name, getattr(self, name), 1)
+        _whole("validation", self.validation, 0)
         for name in ("weight_decay", "max_grad_norm"):
             _number(name, getattr(self, name))
         if not self.learning_rates or not self.eval_steps:
@@ -104,7 +113,7 @@ class RunSettings:
     model: str
     data: str
     split: str = "train"
-    samples: int = 256
+    samples: int = 64
     seeds: tuple[int, ...] = (0,)
     device: str = "auto"
     dtype: str = "auto"
@@ -146,7 +155,11 @@ class RunSettings:
 
     def identity(self) -> dict[str, Any]:
         """What a cell's result depends on; the rest only says which cells there are and how they are shown."""
-        return {name: value for name, value in asdict(self).items() if name not in ("seeds", "samples", "compare_to")}
+        found = {name: value for name, value in asdict(self).items() if name not in ("seeds", "samples", "compare_to")}
+        if self.finetune is not None:
+            # How it is computed, not what.
+            del found["finetune"]["together"], found["finetune"]["tokens_at_once"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,7 @@ class Cell:
 
     def group_key(self) -> str:
         """Cells with equal keys share their statistics."""
-        data = [self.seed, self.samples, self.config.token_mask]
+        data = [self.seed, self.samples, self.config.token_mask, self.config.rounds]
         return _canonical([*data, "baselines"] if self.baseline else [*data, self.estimator, self.gradient])
 
 

@@ -2,229 +2,170 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from lora_da_core.ablation import comparison, figures
-from lora_da_core.ablation.comparison import Configuration
+from lora_da_core.ablation import comparison, figures, loss_figures, provenance, tables
+from lora_da_core.ablation.comparison import Configuration, Difference
+from lora_da_core.ablation.downstream import AtBest, at_best
 from lora_da_core.ablation.grid import RunSettings
-from lora_da_core.ablation.results import FAILED, Record, write_bytes
-from lora_da_core.report import number
+from lora_da_core.ablation.page import PICTURES, Section, markdown, page
+from lora_da_core.ablation.results import FAILED, Record, read_run, write_bytes
 
 MARKDOWN: Final = "report.md"
 HTML: Final = "report.html"
 
-_STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem }
-.wide { overflow-x: auto } img { max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888; vertical-align: bottom }
-td.text, th.text { text-align: left; white-space: normal }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #e6e6e6 } th, td { border-color: #3a3d44 } img { background: #fff }
-}
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the report: a sentence, a picture or a table, or several of them."""
-
-    title: str
-    text: str = ""
-    picture: tuple[str, bytes] | None = None
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    prose: frozenset[int] = frozenset({0})
-    """Columns that hold words, not numbers."""
-
 
 def write_report(directory: Path, records: Sequence[Record], run: RunSettings) -> None:
-    """Writes both reports, and the pictures that the markdown one shows.
+    """Writes both reports, and the pictures that the Markdown one shows.
 
     Args:
-        directory: Where to.
-        records: What the directory holds.
-        run: Says what to compare to.
+        directory: Where to; its run.json says what made the records.
+        records: What the directory holds. Those of another model, data set or fine-tune are counted, not shown.
+        run: The settings of the run that is reported.
     """
-    parts = sections(records, run.compare_to)
-    title = f"LoRA-DA ablation: {run.model} on {run.data}"
-    for part in parts:
-        if part.picture is not None:
-            write_bytes(directory / part.picture[0], part.picture[1])
-    write_bytes(directory / MARKDOWN, _markdown(title, parts).encode())
-    write_bytes(directory / HTML, _html(title, parts).encode())
+    parts = sections(records, run, read_run(directory))
+    (directory / PICTURES).mkdir(exist_ok=True)
+    for picture in (picture for part in parts for picture in part.pictures):
+        write_bytes(directory / PICTURES / f"{picture.name}.png", picture.png)
+    title = provenance.title(run)
+    write_bytes(directory / MARKDOWN, markdown(title, parts).encode())
+    write_bytes(directory / HTML, page(title, parts).encode())
 
 
-def sections(records: Sequence[Record], compare_to: str | None) -> list[Section]:
+def sections(records: Sequence[Record], run: RunSettings, made_by: Mapping[str, Any] | None = None) -> list[Section]:
     """The parts of the report.
 
     Args:
         records: Any records, finished or failed.
-        compare_to: What to compare to, as `RunSettings` has it.
+        run: The settings of the run that is reported.
+        made_by: The directory's run.json.
 
     Returns:
         The parts in order; those that would be empty are left out, the failures are always there.
     """
-    found = comparison.configurations(records)
-    baseline = comparison.baseline_of(found, compare_to)
-    failed = [record for record in records if record["status"] == FAILED]
-    parts = [_overview(records, found, failed)]
-    cost = figures.pareto_picture(found)
-    if cost is not None:
-        parts.append(Section("Cost and fidelity", _references(records), ("pareto.png", cost)))
+    entries = provenance.entries_of(made_by, run)
+    shown = provenance.comparable(records, entries)
+    found = comparison.configurations(shown)
+    baseline = comparison.baseline_of(found, run.compare_to)
+    base = None if baseline is None else _called(baseline, found)
+    about = provenance.facts(shown, len(records) - len(shown), entries, run)
+    parts = [Section("What was run", facts=tuple(about))]
     if found:
-        parts.append(_table(found))
-    curves = figures.loss_picture(found, baseline)
-    if curves is not None:
-        text = f"Dashed: {baseline}, what the others are compared to." if baseline else ""
-        parts.append(Section("Loss curves", text, ("losses.png", curves)))
-    if compare_to is not None and baseline is None:
-        parts.append(Section("Paired differences", f"No finished cell is a {compare_to!r}: nothing to compare to."))
-    elif baseline is not None and (rows := _differences(found, baseline)):
-        parts.append(rows)
-    parts.append(_failures(failed))
+        pictures = tuple(figures.cost_pictures(found))
+        table = tables.cost_table(found)
+        parts.append(Section("Cost and fidelity", _cost_text(shown, found), pictures=pictures, table=table))
+    if run.finetune is not None and (trained := at_best(found, baseline, run.finetune.batch_size)):
+        measured = "validation loss" if run.finetune.validation else "held-out loss"
+        parts += _finetunes(trained, measured, base)
+    if run.compare_to is not None and baseline is None:
+        text = f"No finished cell is a {run.compare_to!r}: nothing to compare to."
+        parts.append(Section("Paired differences", text))
+    elif baseline is not None and base is not None and (rows := comparison.differences(found, baseline)):
+        parts.append(_differences(rows, base))
+    failed = [record for record in shown if record["status"] == FAILED]
+    parts.append(
+        Section("What failed", table=tables.failure_table(failed)) if failed else Section("What failed", "Nothing.")
+    )
+    if entries:
+        parts.append(_again(entries[0]))
     return parts
 
 
-def _overview(records: Sequence[Record], found: Sequence[Configuration], failed: Sequence[Record]) -> Section:
-    seeds = sorted({record["seed"] for record in records})
-    text = (
-        f"{len(records)} cells: {len(records) - len(failed)} done, {len(failed)} failed; "
-        f"{len(found)} configurations, seeds {', '.join(map(str, seeds)) or 'none'}; "
-        f"{number(sum(record['spent'] for record in records), digits=3)} s in all. "
-        "Every number is in results.jsonl and results.parquet, what made them in run.json."
-    )
-    return Section("Overview", text)
+def _called(baseline: str, found: Sequence[Configuration]) -> str:
+    """What is compared to, by its configuration's name where it is the same for all."""
+    others = (comparison.counterpart(found, each, baseline) for each in found)
+    names = {other.name for other in others if other is not None}
+    return names.pop() if len(names) == 1 else baseline
 
 
-def _references(records: Sequence[Record]) -> str:
-    names = sorted({record["reference"] for record in records if record["reference"]})
-    return (
-        f"The angle is the largest principal angle between a cell's subspace and that of the reference "
-        f"({'; '.join(names)}) with the same data, α, β and damping, median over layers; PEFT's own initialisations "
-        "(black rim) are measured against the default preset's. Time and memory count the estimation in full, also "
-        "where another cell's was reused."
-    )
-
-
-def _table(found: Sequence[Configuration]) -> Section:
-    header = (
-        "configuration", "seeds", "time [s]", "peak [MiB]", "passes",
-        "angle [°]", "largest [°]", "objective gap", "not conv.",
-    )  # fmt: skip
-    rows = tuple(
-        (
-            each.label,
-            str(len(each.by_seed)),
-            number(each.mean("seconds"), digits=3),
-            number(each.mean("peak_bytes") / 2**20, digits=3),
-            number(each.mean("passes")),
-            number(math.degrees(each.mean("angle")), digits=3),
-            number(math.degrees(each.mean("angle_max")), digits=3),
-            number(each.mean("objective_gap")),
-            number(each.mean("not_converged")),
-        )
-        for each in found
-    )
-    return Section("Configurations", "Means over seeds; angle and gap are medians over layers.", None, header, rows)
-
-
-def _differences(found: Sequence[Configuration], baseline: str) -> Section | None:
-    rows = tuple(
-        (
-            each.label,
-            each.measure,
-            number(each.mean, digits=4),
-            number(each.other, digits=4),
-            _signed(each.interval.mean),
-            f"[{_signed(each.interval.low)}, {_signed(each.interval.high)}]" if each.interval.count > 1 else "–",
-            str(each.interval.count),
-        )
-        for each in comparison.differences(found, baseline)
-    )
-    if not rows:
-        return None
-    text = (
-        f"Each configuration minus {baseline} of the same rank, seed by seed; negative is better. Intervals are "
-        "t-intervals of the mean difference, and take at least two seeds. Losses are held-out, after the last step; "
-        "the best learning rate is each one's own. Seeds that diverged are left out of the pairs."
-    )
-    header = ("configuration", "measure", "mean", baseline, "difference", "95 % interval", "seeds")
-    return Section(f"Paired differences against {baseline}", text, None, header, rows, frozenset({0, 1}))
-
-
-def _failures(failed: Sequence[Record]) -> Section:
-    if not failed:
-        return Section("What failed", "Nothing failed.")
-    rows = tuple(
-        (
-            record["cell"],
-            str(record["baseline"] or f"{record['estimator']}, {record['solver']}"),
-            str(record["rank"]),
-            str(record["seed"]),
-            str(record["error"]),
-        )
-        for record in failed
-    )
-    return Section("What failed", "", None, ("cell", "what", "rank", "seed", "error"), rows, frozenset({0, 1, 4}))
-
-
-def _signed(value: float) -> str:
-    text = number(value, digits=3)
-    return f"+{text}" if value > 0 else text
-
-
-def _markdown(title: str, parts: Sequence[Section]) -> str:
-    lines = [f"# {title}"]
-    for part in parts:
-        lines += ["", f"## {part.title}"]
-        if part.text:
-            lines += ["", part.text]
-        if part.picture is not None:
-            lines += ["", f"![{part.title}]({part.picture[0]})"]
-        if part.header:
-            rules = ["---" if place in part.prose else "---:" for place in range(len(part.header))]
-            lines += ["", *(_row(row) for row in (part.header, rules, *part.rows))]
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _html(title: str, parts: Sequence[Section]) -> str:
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for part in parts:
-        body.append(f"<h2>{html.escape(part.title)}</h2>")
-        if part.text:
-            body.append(f"<p>{html.escape(part.text)}</p>")
-        if part.picture is not None:
-            data = base64.b64encode(part.picture[1]).decode()
-            body.append(f'<img alt="{html.escape(part.title)}" src="data:image/png;base64,{data}">')
-        if part.header:
-            rows = "\n".join(_html_row(row, "td", part.prose) for row in part.rows)
-            head = _html_row(part.header, "th", part.prose)
-            body.append(f'<div class="wide"><table><thead>{head}</thead><tbody>\n{rows}\n</tbody></table></div>')
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _html_row(cells: Sequence[str], tag: str, prose: frozenset[int]) -> str:
-    made = [
-        f"<{tag}{' class=' + chr(34) + 'text' + chr(34) if place in prose else ''}>{html.escape(cell)}</{tag}>"
-        for place, cell in enumerate(cells)
+def _cost_text(records: Sequence[Record], found: Sequence[Configuration]) -> str:
+    sentences = [
+        "Means over seeds.",
+        "Time and memory count the estimation in full, also where another cell's was reused.",
     ]
-    return f"<tr>{''.join(made)}</tr>"
+    if tables.searched(found):
+        sentences.append("Search is the part of the time that the line search of the scale takes.")
+    if references := sorted({record["reference"] for record in records if record["reference"]}):
+        sentences += [
+            "The angle is the largest principal angle between a cell's subspace and that of the reference "
+            f"({'; '.join(references)}) with the same data, α, β and damping: median and maximum over layers.",
+            "PEFT's own initialisations (hollow) are measured against the default preset's.",
+            "Dashed, and unbeaten in: what no other of the same rank beats in both cost and angle.",
+        ]
+    if errors := [record["reference_error"] for record in records if record["reference_error"]]:
+        sentences.append(f"{len(errors)} cells have no angle: {'; '.join(sorted(set(errors)))}")
+    return " ".join([*sentences, *_ranks_left_out(found)])
+
+
+def _ranks_left_out(found: Sequence[Configuration]) -> list[str]:
+    drawn, ranks = figures.ranks_of(found), {each.rank for each in found}
+    return [f"Pictures show ranks {', '.join(map(str, drawn))} of {len(ranks)}."] if len(drawn) < len(ranks) else []
+
+
+def _finetunes(entries: Sequence[AtBest], measured: str, base: str | None) -> list[Section]:
+    found = [entry.configuration for entry in entries]
+    pictures, left_out = [], []
+    for rank, group in groupby(entries, lambda entry: entry.configuration.rank):
+        alike = list(group)
+        shown = len(loss_figures.leading(alike))
+        if rank in figures.ranks_of(found):
+            pictures += loss_figures.loss_pictures(alike, measured)
+            left_out += [f"Rank {rank}: the best {shown} of {len(alike)} are shown."] if shown < len(alike) else []
+    sentences = ["Lines are means over seeds, bands and bars 95 % t-intervals.", *left_out, *_ranks_left_out(found)]
+    if base is not None:
+        sentences += [f"Dashed: {base}, what the others are compared to.", "Differences are paired by seed."]
+    sentences += [
+        "Compute counts every sample that an initialisation reads like a training sample.",
+        "Frames of differences and of compute are those of the later steps, earlier ones may leave them.",
+    ]
+    if any(not each.survivors(rate) for each in found for rate in comparison.learning_rates([each])):
+        sentences.append("Where a learning rate has no point, every seed diverged.")
+    return [
+        Section("Loss curves", " ".join(sentences), pictures=tuple(pictures)),
+        Section(
+            "At each one's best learning rate",
+            _at_best_text(entries, measured, base),
+            table=tables.at_best_table(entries, measured, base),
+        ),
+    ]
+
+
+def _at_best_text(entries: Sequence[AtBest], measured: str, base: str | None) -> str:
+    sentences = [
+        "In nats per label token, mean over seeds ± half the 95 % t-interval; the lowest at the last step first.",
+        f"The best rate is the one with the lowest mean {measured} at the last step.",
+        "Worst lr: how much higher that loss is at the worst of the rates.",
+    ]
+    if base is not None:
+        sentences += [
+            f"To {base}'s minimum: the step at which the mean curve is as low as {base}'s ever gets, and its share of "
+            f"the steps that {base} takes to get there.",
+            "Compute: the samples that the initialisation reads, in training steps; and the steps, those included, "
+            f"from which on the mean curve stays below {base}'s.",
+            "Differences are paired by seed; ▼ and ▲ mark intervals that exclude zero, ▼ is better.",
+        ]
+    evaluated = {step for entry in entries for step in entry.losses}
+    if len(shown := tables.steps_of(entries)) < len(evaluated):
+        sentences.append(f"{len(shown)} of {len(evaluated)} evaluated steps are shown.")
+    return " ".join(sentences)
+
+
+def _differences(rows: Sequence[Difference], base: str) -> Section:
+    text = (
+        f"Each configuration minus {base} of the same rank, seed by seed, with the 95 % t-interval of the mean "
+        "difference, which takes at least two seeds; the lowest first. ▼ and ▲ mark intervals that exclude zero, ▼ is "
+        "better. Each interval is for one comparison: among twenty that differ by nothing, one is expected to exclude "
+        "zero. Losses are those of the last step. Seeds that diverged are left out of the pairs."
+    )
+    return Section(f"Paired differences against {base}", text, table=tables.difference_table(rows))
+
+
+def _again(entry: Mapping[str, Any]) -> Section:
+    text = (
+        "Save the grid below as grid.toml and run lora-da ablate grid.toml --output DIR. With the versions above its "
+        "cells have the same ids as those reported here."
+    )
+    return Section("How to reproduce", text, code=("grid.toml", provenance.grid_of(entry)))

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
 import statistics
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from lora_da_core.ablation.dispatch import Dispatch, Pool
 from lora_da_core.ablation.grid import Cell, Grid, Group, make_grid, read_grid
+from lora_da_core.ablation.processes import ProcessPool
 from lora_da_core.ablation.results import DONE, RESULTS, RUN, Record, Results, locked, write_parquet, write_run
-from lora_da_core.errors import LoraDAError, OptionError, StorageError
+from lora_da_core.errors import OptionError, StorageError
 from lora_da_core.registry import Registry
 
-logger = logging.getLogger(__name__)
-
-PATIENCE: Final = 5.0
-"""Seconds that an idle worker has to end by itself."""
+LOCAL: Final = "local"
+RAY: Final = "ray"
 
 OnRecord = Callable[[Record, int, int], None]
 """Called with each new record, how many cells of the grid are finished, and how many there are."""
@@ -53,17 +46,21 @@ def run_grid(
     grid: Grid | Mapping[str, Any] | Path | str,
     output: Path | str,
     *,
+    executor: str = LOCAL,
     jobs: int = 1,
     retry_failed: bool = False,
     on_record: OnRecord | None = None,
 ) -> list[Record]:
     """Runs what a grid lacks, then writes results.parquet, report.md and report.html.
 
-    With `jobs` above 1 processes are spawned, so a script must call this under `if __name__ == "__main__"`.
+    With `jobs` above 1 the local executor spawns processes, so a script must call this under
+    `if __name__ == "__main__"`.
 
     Args:
         grid: A grid, its content as mappings, or its file.
         output: The directory; cells of other grids that it holds are kept.
+        executor: `local` runs on this machine; `ray` on the Ray cluster that RAY_ADDRESS names, or on an instance that
+            is started here and ended with the run.
         jobs: Groups that run at once, each in a process with a model of its own. Times and memory are best
             compared with 1.
         retry_failed: Whether cells that failed are run again.
@@ -75,13 +72,12 @@ def run_grid(
     Raises:
         OptionError: The grid or an argument is wrong; nothing was loaded.
         StorageError: The directory cannot be used.
-        LoraDAError: The model or the data cannot be loaded.
+        LoraDAError: The model or the data cannot be loaded, or the Ray cluster cannot be joined.
     """
     from lora_da_core.ablation.report import write_report
 
     checked = _grid(grid)
-    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
-        raise OptionError(f"jobs is {jobs!r}; it must be a whole number of at least 1.")
+    _check(checked, executor, jobs)
     directory = Path(output)
     _prepare(directory)
     with locked(directory):
@@ -91,7 +87,7 @@ def run_grid(
         groups = checked.groups(without=finished)
         total = len(checked.cells)
         done = total - sum(len(group.cells) for group in groups)
-        with closing(_records(checked, groups, directory, jobs)) as records:
+        with closing(_records(checked, groups, directory, executor, jobs)) as records:
             for record in records:
                 results.append(record)
                 done += 1
@@ -105,20 +101,30 @@ def run_grid(
 
 
 def plan(
-    grid: Grid | Mapping[str, Any] | Path | str, output: Path | str, *, jobs: int = 1, retry_failed: bool = False
+    grid: Grid | Mapping[str, Any] | Path | str,
+    output: Path | str,
+    *,
+    executor: str = LOCAL,
+    jobs: int = 1,
+    retry_failed: bool = False,
 ) -> Plan:
     """What `run_grid` would do; nothing is loaded or written.
 
     Args:
         grid: As `run_grid` takes it.
         output: As `run_grid` takes it.
+        executor: As `run_grid` takes it.
         jobs: As `run_grid` takes it.
         retry_failed: As `run_grid` takes it.
 
     Returns:
         The plan.
+
+    Raises:
+        OptionError: The grid or an argument is wrong.
     """
     checked, results = _grid(grid), Results(Path(output))
+    _check(checked, executor, jobs)
     groups = checked.groups(without=_finished(results, retry_failed))
     left = sum(len(group.cells) for group in groups)
     records = [record for record in results.read() if record["status"] == DONE]
@@ -129,6 +135,17 @@ def _grid(grid: Grid | Mapping[str, Any] | Path | str) -> Grid:
     if isinstance(grid, Grid):
         return grid
     return make_grid(grid) if isinstance(grid, Mapping) else read_grid(grid)
+
+
+def _check(grid: Grid, executor: str, jobs: int) -> None:
+    if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
+        raise OptionError(f"jobs is {jobs!r}; it must be a whole number of at least 1.")
+    if executor not in (LOCAL, RAY):
+        raise OptionError(f"executor is {executor!r}; it must be {LOCAL!r} or {RAY!r}.")
+    if executor == RAY:
+        from lora_da_core.ablation import ray_actors
+
+        ray_actors.check(grid.run)
 
 
 def _prepare(directory: Path) -> None:
@@ -175,124 +192,28 @@ def _own_seconds(record: Record) -> float:
     return float(record["spent"]) - (0.0 if record["reused"] else _estimation_seconds(record))
 
 
-def _records(grid: Grid, groups: Sequence[Group], directory: Path, jobs: int) -> Generator[Record, None, None]:
+def _records(
+    grid: Grid, groups: Sequence[Group], directory: Path, executor: str, jobs: int
+) -> Generator[Record, None, None]:
     if not groups:
         return
-    if min(jobs, len(groups)) > 1:
-        yield from _in_processes(grid, groups, directory, min(jobs, len(groups)))
+    pool = _pool(executor, grid, min(jobs, len(groups)))
+    if pool is not None:
+        with pool:
+            yield from Dispatch(pool, groups, directory).records(min(jobs, len(groups)))
         return
     from lora_da_core.ablation.cells import GroupRun
     from lora_da_core.ablation.workspace import Workspace
 
     workspace = Workspace(grid.run, Registry())
     write_run(directory, workspace.entry(grid))
-    run = GroupRun(workspace)
-    for group in groups:
-        yield from run.records(group)
+    yield from GroupRun(workspace).records(*groups)
 
 
-# Several processes: the parent alone writes, so that a worker's death loses at most what it was doing.
-
-
-class _Worker:
-    """A process that runs groups, and what it still owes."""
-
-    def __init__(self, grid: Grid, threads: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_work, args=(grid, threads, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.group: Group | None = None
-        self.owed: dict[str, Cell] = {}
-
-    def give(self, group: Group | None) -> None:
-        """Hands over the next group, or the end."""
-        self.group, self.owed = group, {} if group is None else {cell.id: cell for cell in group.cells}
-        try:
-            self.pipe.send(group)
-        except (BrokenPipeError, OSError):
-            return  # it died while idle; reading its pipe says so
-
-    def close(self) -> None:
-        """Ends the process: by itself where it waits for a group, otherwise whatever it does."""
-        if not self.owed and self.process.is_alive():
-            self.give(None)
-            self.process.join(PATIENCE)
-        self.process.terminate()
-        self.process.join()
-        self.pipe.close()
-
-
-def _in_processes(grid: Grid, groups: Sequence[Group], directory: Path, jobs: int) -> Generator[Record, None, None]:
-    from lora_da_core.ablation.cells import failed_record
-
-    waiting = list(reversed(groups))
+def _pool(executor: str, grid: Grid, jobs: int) -> Pool | None:
     threads = max(1, torch.get_num_threads() // jobs)
-    workers = [_Worker(grid, threads) for _ in range(jobs)]
-    try:
-        while workers:
-            for pipe in wait([worker.pipe for worker in workers]):
-                worker = next(each for each in workers if each.pipe is pipe)
-                try:
-                    kind, content = worker.pipe.recv()
-                except (EOFError, OSError):
-                    worker.close()
-                    workers.remove(worker)
-                    text = f"the worker process ended with exit code {worker.process.exitcode}"
-                    if worker.group is None:
-                        # Where the memory is too small for one more model, the others do the work.
-                        logger.warning("%s while it loaded the model", text)
-                        if not workers:
-                            raise StorageError(f"{text} while it loaded the model; take fewer jobs.") from None
-                        continue
-                    for cell in worker.owed.values():
-                        yield failed_record(cell, worker.group, f"{text}; it may have run out of memory")
-                    if waiting:
-                        workers.append(_Worker(grid, threads))
-                    continue
-                if kind == "record":
-                    worker.owed.pop(content["cell"], None)
-                    yield content
-                elif kind == "error":
-                    raise content
-                else:
-                    if content is not None:
-                        write_run(directory, content)
-                    if waiting:
-                        worker.give(waiting.pop())
-                    else:
-                        worker.close()
-                        workers.remove(worker)
-    finally:
-        for worker in workers:
-            worker.close()
+    if executor == RAY:
+        from lora_da_core.ablation.ray_actors import RayPool
 
-
-def _work(grid: Grid, threads: int, pipe: Connection[Any, Any]) -> None:
-    """A worker: tells what it loaded, then runs the groups it is given."""
-    from lora_da_core.ablation.cells import GroupRun
-    from lora_da_core.ablation.workspace import Workspace
-
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)  # as the command line does for its own process
-    try:
-        workspace = Workspace(grid.run, Registry())
-        pipe.send(("idle", workspace.entry(grid)))
-    except LoraDAError as error:
-        pipe.send(("error", error))
-        return
-    run = GroupRun(workspace)
-    while (group := pipe.recv()) is not None:
-        for record in run.records(group):
-            pipe.send(("record", record))
-        pipe.send(("idle", None))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+        return RayPool(grid, threads, jobs)
+    return ProcessPool(grid, threads) if jobs > 1 else None

@@ -18,6 +18,7 @@ from lora_da_core.data import Rows, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
 from lora_da_core.models import load_model
 from lora_da_core.registry import Registry
+from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Draw:
-    """The samples of one seed, as an initialisation reads them."""
+    """The samples of one seed, as an initialisation reads them; what follows them is for a line search alone."""
 
     batches: Sequence[Batch]
     samples: int
     tokens: int
     notes: tuple[str, ...]
+    unseen: Sequence[Batch]
 
 
 class Workspace:
@@ -63,6 +65,8 @@ class Workspace:
         self.run, self.registry = run, registry
         self.rows = load_rows(run.data, split=run.split)
         self.pool, self.kept_out = _parts(self.rows, 0 if run.finetune is None else run.finetune.held_out)
+        if run.finetune is not None and run.finetune.validation:
+            self.pool, self.kept_out = _parts(self.pool, run.finetune.validation)
         self.loaded = load_model(run.model, device=run.device, dtype=run.dtype, trust_remote_code=run.trust_remote_code)
         # Nothing but adapters is trained, here or in a copy.
         self.loaded.model.requires_grad_(False)
@@ -133,11 +137,13 @@ class Workspace:
         """
         key = (samples, seed)
         if key not in self._draws:
-            found = self._encoded(self.pool, samples, seed)
-            made = batches(
-                found.samples, pad_token_id=self.loaded.tokenizer.pad_token_id, batch_size=self.run.batch_size
+            found = self._encoded(self.pool, samples, seed, beyond=SEARCH_SAMPLES)
+            made, unseen = (
+                batches(part, pad_token_id=self.loaded.tokenizer.pad_token_id, batch_size=self.run.batch_size)
+                for part in (found.samples, found.unseen)
             )
-            self._draws = {key: Draw(made, len(found.samples), found.tokens, (*self.loaded.notes, *found.notes))}
+            notes = (*self.loaded.notes, *found.notes)
+            self._draws = {key: Draw(made, len(found.samples), found.tokens, notes, unseen)}
         return self._draws[key]
 
     def training(self, seed: int) -> TrainingData:
@@ -176,9 +182,9 @@ class Workspace:
             base_model_name=run.model,
         )
 
-    def _encoded(self, rows: Rows, samples: int | None, seed: int) -> Any:
+    def _encoded(self, rows: Rows, samples: int | None, seed: int, beyond: int = 0) -> Any:
         run = self.run
-        options = TextOptions(run.prompt_template, run.max_length, samples, seed)
+        options = TextOptions(run.prompt_template, run.max_length, samples, seed, beyond)
         return encode_text(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
 
 
