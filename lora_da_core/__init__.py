@@ -14,6 +14,7 @@ from lora_da_core.errors import (
     UnknownNameError,
 )
 from lora_da_core.hookspecs import hookimpl, hookspec
+from lora_da_core.memory import estimate_memory
 from lora_da_core.pipeline import (
     Pipeline,
     build_pipeline,
@@ -22,6 +23,7 @@ from lora_da_core.pipeline import (
     initialize_lora_da_weights,
 )
 from lora_da_core.registry import list_plugins
+from lora_da_core.trainer import init_before_training
 from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
 
 __all__ = [
@@ -43,10 +45,12 @@ __all__ = [
     "TargetError",
     "UnknownNameError",
     "build_pipeline",
+    "estimate_memory",
     "get_lora_da_model",
     "get_lora_da_state_dict",
     "hookimpl",
     "hookspec",
+    "init_before_training",
     "initialize_lora_da_weights",
     "list_plugins",
 ]

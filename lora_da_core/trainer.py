@@ -1,0 +1,88 @@
+"""Initialises the adapter of a trainer that is about to train, from the trainer's own data and collator."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sized
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_da_core.errors import OptionError
+from lora_da_core.pipeline import Pipeline, build_pipeline
+from lora_da_core.sizing import SEARCH_SAMPLES
+from lora_da_core.types import RunReport
+
+SAMPLES = 64
+"""Samples that are read where neither the call nor the pipeline says how many."""
+
+
+def init_before_training(
+    trainer: Any, *, pipeline: Pipeline | None = None, samples: int | None = None, adapter_name: str = "default"
+) -> RunReport:
+    """Initialises a trainer's adapter in place, to be called between making the trainer and `trainer.train()`.
+
+    Works with transformers' Trainer, TRL's SFTTrainer and whatever has their `model`, `get_train_dataloader()` and
+    `state`. The trainer then sees the same batches as without it: random states are put back. A data set that can be
+    read only once loses the samples that are read here.
+
+    Args:
+        trainer: A trainer whose model is a PeftModel with a LoRA adapter.
+        pipeline: None builds the default one; its objective must suit the trainer's loss.
+        samples: Samples to read; None takes the pipeline's `samples`, or 64.
+        adapter_name: The adapter.
+
+    Returns:
+        What was done.
+
+    Raises:
+        OptionError: Training has begun.
+        TargetError: The model is no PeftModel.
+        LoraDAError: As `Pipeline.run`.
+    """
+    from lora_da_core import adapter
+
+    if trainer.state.global_step:
+        raise OptionError(
+            f"the trainer is at step {trainer.state.global_step}: initialise before train(), not when resuming."
+        )
+    accelerator = getattr(trainer, "accelerator", None)
+    model = trainer.model if accelerator is None else accelerator.unwrap_model(trainer.model)
+    chosen = pipeline or build_pipeline()
+    wanted = samples or chosen.config.samples or SAMPLES
+    data = getattr(trainer, "train_dataset", None)
+    population = chosen.config.population or (len(data) if isinstance(data, Sized) else None)
+    config = replace(chosen.config, samples=wanted, population=population)
+    adapter.config_of(model, adapter_name)
+    with _random_states():
+        batches = list(_batches(trainer.get_train_dataloader(), wanted + SEARCH_SAMPLES))
+        result = Pipeline(chosen.registry, chosen.components, config).run(model, batches, adapter_name=adapter_name)
+    adapter.write(model, adapter.state_dict(result.factors), adapter_name)
+    return result.report
+
+
+def _batches(loader: Any, samples: int) -> Iterator[Any]:
+    """As many of the loader's batches as hold that many samples."""
+    taken = 0
+    for batch in loader:
+        yield batch
+        labels = batch.get("labels") if hasattr(batch, "get") else None
+        taken += len(labels) if labels is not None else 1
+        if taken >= samples:
+            return
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    """Puts back what shuffling and collating draw from."""
+    plain, arrays = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
