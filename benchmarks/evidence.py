@@ -1,0 +1,109 @@
+r"""Runs grids of fine-tunes on one accelerator: a process per seed, the seeds side by side, one directory of results.
+
+    python -m benchmarks.evidence benchmarks/grids/gsm8k.toml --output runs/gsm8k \
+        --model "$(python examples/demo_model.py)" --data problems.jsonl [--processes 3]
+
+Every process trains the adapters of its seed together and uses torch's fused kernels for Llama's norms, rotations and
+activations; results of all seeds are then joined, and the usual report is written. A process that ends early loses what
+it had not finished, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.models.llama import modeling_llama
+
+from lora_da_core.ablation import read_grid, run_grid
+from lora_da_core.ablation.results import RESULTS, RUN, Results
+
+
+def main() -> None:
+    """Runs, joins and reports."""
+    options = _options()
+    changes = {name: getattr(options, name) for name in ("model", "data", "device") if getattr(options, name)}
+    seeds = options.seeds or list(read_grid(options.grid, **changes).run.seeds)
+    start = time.perf_counter()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(options.processes, len(seeds)), mp_context=spawn, max_tasks_per_child=1) as pool:
+        work = partial(_one_seed, options.grid, options.output, changes, options.fused)
+        for _ in pool.map(work, seeds):
+            pass
+    joined = Path(options.output)
+    results = Results(joined)
+    known = {record["cell"] for record in results.read()}
+    for seed in seeds:
+        part = joined / f".seed{seed}"
+        if not (joined / RUN).exists():
+            shutil.copy(part / RUN, joined / RUN)
+        for record in Results(part).read():
+            if record["cell"] not in known:
+                results.append(record)
+    if options.report:
+        run_grid(read_grid(options.grid, **changes, seeds=seeds), joined)
+    print(f"{RESULTS}: {len(results.read())} cells, {time.perf_counter() - start:.0f} s")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--device")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--no-fused", dest="fused", action="store_false", help="leave transformers' own kernels")
+    parser.add_argument("--no-report", dest="report", action="store_false", help="join the results, nothing more")
+    return parser.parse_args()
+
+
+def _one_seed(grid: str, output: str, changes: dict[str, Any], fused: bool, seed: int) -> None:
+    if fused and torch.cuda.is_available():
+        use_fused_kernels()
+    start = time.perf_counter()
+
+    def tell(record: dict[str, Any], done: int, total: int) -> None:
+        name = record["baseline"] or f"{record['preset']} {record['estimator']}"
+        tried = [round(curve["losses"][-1], 4) for curve in record["curves"] if curve["losses"][-1] is not None]
+        said = record["error"] or f"{record['seconds']:.1f} s, {record['spent']:.1f} s in all, losses {tried}"
+        print(f"[{time.perf_counter() - start:5.0f}] seed {seed} {done}/{total} {name}: {said}", flush=True)
+
+    part = Path(output) / f".seed{seed}"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    run_grid(read_grid(grid, **changes, seeds=[seed]), part, on_record=tell)
+
+
+def use_fused_kernels() -> None:
+    """Replaces Llama's norm, rotation and activation in this process by single kernels that compute the same."""
+
+    def norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+    activate: Callable[..., torch.Tensor] = torch.compile(_swiglu, dynamic=True)
+
+    def mlp(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self.down_proj(activate(self.gate_proj(hidden), self.up_proj(hidden)))
+        return product
+
+    modeling_llama.LlamaRMSNorm.forward = norm
+    modeling_llama.LlamaMLP.forward = mlp
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=True)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return functional.silu(gate) * up
+
+
+if __name__ == "__main__":
+    main()
