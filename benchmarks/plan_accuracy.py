@@ -1,8 +1,8 @@
 """Predicted against measured peak memory of runs on random Llama models.
 
 The plan is made on the meta device, from the configuration alone, for batches as large as those of the run, which are
-padded and of which every token is a label. What a run takes beyond the weights is measured as the growth of the resident set on a CPU, of the
-allocations on a GPU; errors are of that growth, which is stricter than of the whole.
+padded and of which every token is a label. What a run takes beyond the weights is measured as the growth of the
+resident set on a CPU, of the allocations on a GPU; errors are of that growth, which is stricter than of the whole.
 
 glibc keeps blocks of up to 32 MiB that were freed, which a resident set shows and a plan does not know. So it is told
 to give them back; `--keep-freed` leaves it as it is, to see what that takes.

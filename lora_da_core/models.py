@@ -45,8 +45,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int | None:
         """Tokens the model takes at most; None where it does not say."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return _max_positions(self.model)
 
 
 def load_model(
@@ -67,6 +66,77 @@ def load_model(
     """
     chosen = _device(device)
     precision = _dtype(dtype, chosen)
+    location = _location(source, trust_remote_code)
+    model, tokenizer = _load(str(source), location, precision)
+    return LoadedModel(_place(model, chosen), tokenizer, str(source), _ensure_padding(tokenizer, str(source)))
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """A model on the meta device: shapes without weights.
+
+    Attributes:
+        model: The model, in evaluation mode.
+        device: Where it is meant to run; nothing is there yet.
+        dtype: The precision it is meant to be loaded in.
+        notes: What was assumed, in plain sentences.
+    """
+
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens the model takes at most; None where it does not say."""
+        return _max_positions(self.model)
+
+
+def load_shapes(
+    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> ModelShapes:
+    """Builds a causal language model from its configuration alone; a directory with a `config.json` will do.
+
+    Args:
+        source: As `load_model` takes it.
+        device: As `load_model` takes it, but this machine need not have it.
+        dtype: As `load_model` takes it.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Returns:
+        The model as `load_model` would load it there, without weights.
+
+    Raises:
+        ModelError: There is no such configuration, or no model can be built from it.
+        OptionError: There are no such device or dtype.
+    """
+    chosen = _device_type(device)
+    precision = _dtype(dtype, chosen)
+    location = _location(source, trust_remote_code)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(**location)
+        if precision == "auto":
+            precision = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config, hub and the model's own code each raise their own; the answer is the same
+        raise ModelError(
+            f"the shapes of model '{source}' cannot be found: {reason(error)} Give a causal language model: a hub id, "
+            "a directory with a config.json, or a .gguf file."
+        ) from error
+    assert isinstance(precision, torch.dtype)
+    notes: tuple[str, ...] = ()
+    if getattr(config, "quantization_config", None) is not None:
+        name = str(precision).removeprefix("torch.")
+        notes = (f"The checkpoint is quantized; its weights are counted in {name}, so the peak is too high.",)
+    return ModelShapes(model.eval(), chosen, precision, notes)
+
+
+def _location(source: str | Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What transformers' `from_pretrained` takes for a source."""
     path = Path(source).expanduser()
     if path.is_file():
         _check_gguf(path)
@@ -79,8 +149,12 @@ def load_model(
     else:
         location = {"pretrained_model_name_or_path": str(source)}
     location["trust_remote_code"] = trust_remote_code
-    model, tokenizer = _load(str(source), location, precision)
-    return LoadedModel(_place(model, chosen), tokenizer, str(source), _ensure_padding(tokenizer, str(source)))
+    return location
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
@@ -172,6 +246,19 @@ def _device(name: str) -> torch.device:
         raise OptionError(f"device '{name}' cannot be used: {reason(error)} Take 'auto', or 'cpu'.") from error
     if device.type == "meta":
         raise OptionError("device 'meta' holds no values to compute with. Take 'auto', or 'cpu'.")
+    return device
+
+
+def _device_type(name: str) -> torch.device:
+    """A device that need not be here: the kind of machine that a run is planned for."""
+    if name == "auto":
+        return torch.device(_accelerator() or "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptionError(f"device '{name}' is unknown: {reason(error)} Take 'auto', 'cpu' or 'cuda'.") from error
+    if device.type == "meta":
+        raise OptionError("device 'meta' holds no values to compute with. Take 'auto', 'cpu' or 'cuda'.")
     return device
 
 

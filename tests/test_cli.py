@@ -117,6 +117,18 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--max-length", "1"), "max_length is 1"),
         ((*INIT, "--output", "new", "--batch-size", "0"), "batch_size is 0"),
         ((*INIT, "--output", "new", "--config", "missing.toml"), "missing.toml cannot be read"),
+        (("plan",), "Missing option '--model'"),
+        (("plan", "--model", "model", "--max-memory", "24"), "'24' is no size of memory"),
+        (("plan", "--model", "model", "--max-memory", "24gib"), "such as 24GiB"),
+        (("plan", "--model", "model", "--throughput", "0"), "throughput is 0"),
+        (("plan", "--model", "model", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
+        (("plan", "--model", "model", "--solver-option", "tolerance=1e-3"), "--solver-option needs --solver"),
+        (("plan", "--model", "model", "--rank", "0"), "rank is 0"),
+        (("plan", "--model", "model", "--max-length", "65"), "takes 64 tokens at most"),
+        (("plan", "--model", "model", "--batch-size", "0"), "batch_size is 0"),
+        (("plan", "--model", "model", "--samples", "2", "--tokens", "1000"), "tokens is 1000"),
+        (("plan", "--model", "model", "--device", "abacus"), "device 'abacus' is unknown"),
+        (("plan", "--model", "model", "--dtype", "int8"), "dtype 'int8' is unknown"),
     ],
 )
 def test_wrong_use_is_one_line_and_status_2_before_anything_is_loaded(world, no_loading, arguments, message):
@@ -390,6 +402,66 @@ def test_verify_names_a_missing_file_and_an_unknown_model(world):
     (world / "broken" / "adapter_model.safetensors").unlink()
     outcome = run(world, "verify", "broken", "--model", "model")
     assert outcome.exit_code == 1 and "adapter_model.safetensors does not exist" in outcome.stderr
+
+
+# plan
+
+
+PLAN = ("plan", "--model", "configuration", "--device", "cpu", "--samples", "8", "--max-length", "32")
+
+
+@pytest.fixture(scope="module")
+def shapes(world):
+    """A directory with a configuration and nothing else."""
+    (world / "configuration").mkdir()
+    (world / "configuration" / "config.json").write_text((world / "model" / "config.json").read_text())
+    return world
+
+
+def test_plan_needs_nothing_but_a_configuration(shapes, no_loading):
+    outcome = run(shapes, *PLAN, "--batch-size", "4")
+    assert outcome.exit_code == 0, outcome.output
+    for part in ("activations of a batch", "together: the peak", "on cpu, in float32", "of all 14 layers"):
+        assert part in outcome.stdout
+    assert "1 pass over 256 tokens in batches of 4 × 32" in outcome.stdout
+    assert "time unknown without --throughput" in outcome.stdout
+    assert max(map(len, outcome.stdout.splitlines())) <= 120
+
+
+def test_plan_as_json(shapes, no_loading):
+    outcome = run(shapes, *PLAN, "--json", "--throughput", "100", "--estimator", "ekfac", "--max-memory", "1GB")
+    assert outcome.exit_code == 0, outcome.output
+    plan = json.loads(outcome.stdout)
+    assert (plan["passes"], plan["seconds"], plan["fits"], plan["max_memory"]) == (2, 2 * 256 / 100, True, 10**9)
+    assert (plan["layers"], plan["layers_per_pass"], plan["batch_size"]) == (14, 14, 8)
+    phases = {}
+    for row in plan["rows"]:
+        assert set(row) == {"phase", "what", "bytes"}
+        phases[row["phase"]] = phases.get(row["phase"], 0) + row["bytes"]
+    assert plan["peak_bytes"] == max(phases.values()) > plan["statistics_bytes"] > 0
+    assert json.loads(run(shapes, *PLAN, "--json").stdout)["seconds"] is None
+
+
+def test_plan_divides_the_layers_under_a_limit(shapes):
+    whole = json.loads(run(shapes, *PLAN, "--json").stdout)
+    limit = whole["peak_bytes"] - 1
+    divided = json.loads(run(shapes, *PLAN, "--json", "--max-memory", f"{limit}B").stdout)
+    assert divided["passes"] > 1 and divided["peak_bytes"] <= limit
+    assert divided["layers_per_pass"] < whole["layers_per_pass"] == 14
+
+
+def test_plan_that_does_not_fit_says_what_to_change_and_fails(shapes):
+    outcome = run(shapes, *PLAN, "--max-memory", "10kB")
+    assert outcome.exit_code == 1
+    text = " ".join(outcome.stdout.split())
+    assert "even with the layers of one input per pass, above the limit of 9.8 KiB" in text and "lower" in text
+    assert json.loads(run(shapes, *PLAN, "--max-memory", "10kB", "--json").stdout)["fits"] is False
+
+
+def test_plan_of_a_missing_model_is_one_error_line(shapes):
+    outcome = run(shapes, "plan", "--model", "./nowhere")
+    assert outcome.exit_code == 1
+    assert outcome.stderr.startswith("error: model './nowhere' does not exist") and outcome.stderr.count("\n") == 1
 
 
 # plugins, help, options

@@ -1,0 +1,204 @@
+"""`lora-da plan`: its options and what it prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_da_core.cli_options import component_choice, module_names
+from lora_da_core.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from lora_da_core.memory import Plan, Workload
+    from lora_da_core.models import ModelShapes
+    from lora_da_core.pipeline import Pipeline
+
+
+def _option(text: str, *names: str, **rest: Any) -> Any:
+    return typer.Option(*names, help=text, **rest)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Everything `lora-da plan` is told; None leaves the choice to the preset."""
+
+    model: Annotated[
+        str,
+        _option("Base model: hub id, directory (a config.json in it is enough), or .gguf file.", show_default=False),
+    ]
+    rank: Annotated[int, _option("Rank r of the adapter.")] = 8
+    target_modules: Annotated[
+        str, _option("Layers to adapt: 'all-linear', a comma-separated list of name endings, or a regex.")
+    ] = "all-linear"
+    exclude_modules: Annotated[
+        str | None, _option("Layers to leave out: comma-separated list or regex.", show_default="none")
+    ] = None
+    samples: Annotated[int, _option("Samples that are read.")] = 64
+    max_length: Annotated[
+        int | None, _option("Tokens of the longest sample.", show_default="1024 or the model's limit")
+    ] = None
+    tokens: Annotated[
+        int | None, _option("Tokens of all samples together.", show_default="samples times the longest")
+    ] = None
+    batch_size: Annotated[int | None, _option("Samples per batch.", show_default="2048 tokens")] = None
+    preset: Annotated[str, _option("Setting that fills whatever is not given.")] = "robust"
+    estimator: Annotated[str | None, _option("Fisher estimator.", show_default="the preset's")] = None
+    estimator_option: Annotated[
+        list[str] | None, _option("Option of the estimator; repeatable.", metavar="KEY=VALUE")
+    ] = None
+    gradient: Annotated[str | None, _option("Gradient estimator.", show_default="the preset's")] = None
+    gradient_option: Annotated[
+        list[str] | None, _option("Option of the gradient estimator; repeatable.", metavar="KEY=VALUE")
+    ] = None
+    solver: Annotated[str | None, _option("Eigen-solver; 'auto' chooses per layer.", show_default="the preset's")] = (
+        None
+    )
+    solver_option: Annotated[list[str] | None, _option("Option of the solver; repeatable.", metavar="KEY=VALUE")] = None
+    device: Annotated[
+        str, _option("Where it will run: 'auto' (what is here), 'cpu', 'cuda', …; it need not be here.")
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        _option(
+            "Precision the model will be loaded in; auto: the checkpoint's on a GPU, float32 on the CPU.",
+            metavar="auto|float32|bfloat16|float16|float64",
+        ),
+    ] = "auto"
+    max_memory: Annotated[
+        str | None,
+        _option(
+            "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes.",
+            metavar="SIZE",
+            show_default="none",
+        ),
+    ] = None
+    throughput: Annotated[
+        float | None,
+        _option("Tokens per second of a pass, as measured; gives the passes' time.", show_default="time unknown"),
+    ] = None
+    trust_remote_code: Annotated[bool, _option("Run code that comes with the model.", "--trust-remote-code")] = False
+    as_json: Annotated[bool, _option("Print the plan as JSON.", "--json")] = False
+
+
+def plan(options: PlanOptions) -> None:
+    """Say what a run would take, from the model's configuration alone: memory, passes and what they are made of."""
+    from lora_da_core import adapter, models
+    from lora_da_core.memory import estimate_memory, parse_size
+
+    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    pipeline = _pipeline(options)
+    lora = adapter.lora_config(
+        rank=options.rank,
+        lora_alpha=1.0,
+        use_rslora=False,
+        target_modules=module_names(options.target_modules),
+        exclude_modules=None if options.exclude_modules is None else module_names(options.exclude_modules),
+        task_type="CAUSAL_LM",
+    )
+    shapes = models.load_shapes(
+        options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    workload = _workload(options, shapes)
+    found = estimate_memory(
+        shapes.model,
+        lora,
+        pipeline=pipeline,
+        workload=workload,
+        device=shapes.device,
+        max_memory=limit,
+        throughput=options.throughput,
+    )
+    if options.as_json:
+        typer.echo(json.dumps({**_setting(options, shapes, workload), **found.to_json()}, indent=1))
+    else:
+        _show(found, shapes, workload)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _pipeline(options: PlanOptions) -> Pipeline:
+    from lora_da_core.pipeline import build_pipeline
+    from lora_da_core.registry import Registry
+
+    preset = Registry().resolve("preset", options.preset)
+    return build_pipeline(
+        estimator=component_choice(options, "estimator", preset),
+        gradient=component_choice(options, "gradient", preset),
+        solver=component_choice(options, "solver", preset),
+        preset=options.preset,
+    )
+
+
+def _workload(options: PlanOptions, shapes: ModelShapes) -> Workload:
+    from lora_da_core.memory import Workload
+
+    limit, longest = shapes.max_positions, options.max_length
+    if longest is None:
+        longest = min(Workload.max_length, limit or Workload.max_length)
+    elif limit is not None and longest > limit:
+        raise OptionError(f"max_length is {longest}, but the model takes {limit} tokens at most.")
+    return Workload(options.samples, longest, options.tokens, options.batch_size)
+
+
+def _setting(options: PlanOptions, shapes: ModelShapes, workload: Workload) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "device": str(shapes.device),
+        "dtype": str(shapes.dtype).removeprefix("torch."),
+        "samples": workload.samples,
+        "max_length": workload.max_length,
+        "tokens": workload.total,
+        "batch_size": workload.batch.samples,
+    }
+
+
+def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
+    from rich.console import Console
+
+    from lora_da_core.memory import size_text
+
+    console = Console(highlight=False)
+    console.print(plan_table(found))
+    console.print()
+    batch = workload.batch
+    lines = [
+        f"peak {size_text(found.peak_bytes)} on {shapes.device}, in {str(shapes.dtype).removeprefix('torch.')}; "
+        f"statistics of all {found.layers} layers {size_text(found.statistics_bytes)}",
+        f"{_count(found.passes, 'pass', 'passes')} over {workload.total:,} tokens in batches of "
+        f"{batch.samples} × {batch.tokens}, at most {found.layers_per_pass} layers in each",
+        "time unknown without --throughput"
+        if found.seconds is None
+        else f"{found.seconds:.0f} s for the passes over the data",
+        *(f"note: {sentence}" for sentence in (*shapes.notes, *found.notes)),
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def plan_table(found: Plan) -> Table:
+    """One row per entry of a plan, phase by phase, the heaviest phase marked."""
+    from rich.table import Table
+
+    from lora_da_core.memory import size_text
+
+    totals = found.phases()
+    heaviest = max(totals, key=lambda phase: totals[phase])
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("phase", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    table.add_column("memory", justify="right", no_wrap=True)
+    for phase, total in totals.items():
+        for row in found.rows:
+            if row.phase == phase:
+                table.add_row(phase, row.what, size_text(row.bytes))
+        table.add_row("", "together: the peak" if phase == heaviest else "together", size_text(total), style="bold")
+    return table
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -1,0 +1,342 @@
+"""The plan of a run: bytes and passes, from shapes alone, before weights or data are touched."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_da_core.errors import OptionError
+from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
+from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
+from lora_da_core.memory_workspace import Tokens, WorkspaceProbe
+from lora_da_core.operators import accumulation_dtype
+from lora_da_core.sizing import SEARCH_SAMPLES
+from lora_da_core.sources import reason
+from lora_da_core.types import LayerSpec
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from lora_da_core.pipeline import Pipeline
+
+TOKENS_PER_BATCH = 2048
+"""Tokens of a batch where no batch size is given, as `lora-da init` fills them."""
+
+_UNITS = {"B": 1, "KB": 10**3, **{f"{p}B": 1000**n for n, p in enumerate("kMGTP", 1)}}
+_UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGTP", 1)}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as people write it.
+
+    >>> parse_size("24GiB"), parse_size("24GB"), parse_size("1.5 KiB")
+    (25769803776, 24000000000, 1536)
+
+    Args:
+        text: A number and a unit.
+
+    Raises:
+        OptionError: It is something else, or zero.
+    """
+    match = _SIZE.fullmatch(text)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise OptionError(
+            f"{text!r} is no size of memory; write a number above 0 and its unit, such as 24GiB (1024³ bytes), 24GB "
+            "(1000³) or 800MB."
+        )
+    return size
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them.
+
+    >>> size_text(25769803776), size_text(1536), size_text(17)
+    ('24.0 GiB', '1.5 KiB', '17 B')
+    """
+    power = min(4, int(math.log(size, 1024))) if size > 0 else 0
+    return f"{size / 1024**power:.1f} {'KMGT'[power - 1]}iB" if power else f"{size} B"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The data of a run, as far as memory depends on it.
+
+    Attributes:
+        samples: How many samples are read.
+        max_length: Tokens of the longest one: batches are padded to it.
+        tokens: Tokens of all samples together; None takes the longest for each.
+        batch_size: Samples in a batch; None fills batches up to 2048 tokens, as `lora-da init` does.
+    """
+
+    samples: int = 64
+    max_length: int = 1024
+    tokens: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("max_length", 2), ("tokens", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"{name} is {value}; it must be at least {least}.")
+        most = self.samples * self.max_length
+        if self.tokens is not None and self.tokens > most:
+            raise OptionError(
+                f"tokens is {self.tokens}, but {self.samples} samples of at most {self.max_length} tokens have {most}."
+            )
+
+    @property
+    def total(self) -> int:
+        """Tokens of all samples together."""
+        return self.samples * self.max_length if self.tokens is None else self.tokens
+
+    @property
+    def batch(self) -> BatchShape:
+        """The largest batch."""
+        size = max(1, TOKENS_PER_BATCH // self.max_length) if self.batch_size is None else self.batch_size
+        return BatchShape(min(size, self.samples), self.max_length)
+
+    @property
+    def search(self) -> BatchShape:
+        """The largest batch of the line search."""
+        return BatchShape(min(self.batch.samples, SEARCH_SAMPLES), self.max_length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take; the process itself, its libraries above all, comes on top.
+
+    Attributes:
+        peak_bytes: Most bytes at a time: of the phase that takes most.
+        passes: How often the data is read.
+        seconds: Time of these passes at the throughput that was given; None where none was.
+        statistics_bytes: Statistics of all layers together.
+        layers: How many layers are adapted.
+        layers_per_pass: How many of them have their statistics taken in one pass.
+        max_memory: The limit that was given.
+        fits: Whether the peak is within the limit.
+        rows: What the peak of every phase is made of.
+        notes: What was assumed, and what to change where it does not fit.
+    """
+
+    peak_bytes: int
+    passes: int
+    seconds: float | None
+    statistics_bytes: int
+    layers: int
+    layers_per_pass: int
+    max_memory: int | None
+    fits: bool
+    rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...]
+
+    def phases(self) -> dict[str, int]:
+        """Bytes by phase, in order."""
+        return by_phase(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return asdict(self)
+
+
+def estimate_memory(
+    model: nn.Module,
+    peft_config: LoraConfig | None = None,
+    *,
+    pipeline: Pipeline,
+    workload: Workload | None = None,
+    device: str | torch.device | None = None,
+    max_memory: int | str | None = None,
+    throughput: float | None = None,
+) -> Plan:
+    """Plans a run from the model's shapes; neither its weights nor data are read, so it may be on the meta device.
+
+    A batch runs forward and backward on fake tensors, which shows what it takes and which layers read one input, and
+    the components run on small layers of random numbers, which shows what they take beside their statistics. Where
+    the model cannot run on fake tensors, a rule takes the place of the former, and a note says so.
+
+    Args:
+        model: A base model, or a PeftModel that carries the adapter `default`.
+        peft_config: The LoRA configuration; None takes the PeftModel's own.
+        pipeline: The pipeline that will run.
+        workload: The data; None takes 64 samples of 1024 tokens.
+        device: Where it will run; None takes the model's device, for `meta` the CPU.
+        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among as many passes over the
+            data as it takes.
+        throughput: Tokens per second of a pass, as measured on that device.
+
+    Returns:
+        The plan; with a limit that nothing meets, the smallest there is, with a note.
+
+    Raises:
+        OptionError: The limit or the throughput is no size or not above 0.
+        TargetError: PEFT finds nothing to adapt.
+        PluginError: A component raised on a small layer.
+    """
+    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    for name, value in (("max_memory", limit), ("throughput", throughput)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise OptionError(f"{name} is {value}; it must be above 0.")
+    layers = _Layers(model, pipeline, workload or Workload(), _device_of(model, device))
+    layers.read(peft_config)
+    parts, rows = _passes(layers, limit)
+    peak = max(by_phase(rows).values())
+    fits = limit is None or peak <= limit
+    passes = pipeline.components.estimator.passes * len(parts)
+    return Plan(
+        peak_bytes=peak,
+        passes=passes,
+        seconds=None if throughput is None else passes * layers.workload.total / throughput,
+        statistics_bytes=statistics_of(layers.groups),
+        layers=len(layers.specs),
+        layers_per_pass=max(sum(map(len, part)) for part in parts),
+        max_memory=limit,
+        fits=fits,
+        rows=tuple(rows),
+        notes=(*layers.notes, *(() if limit is None or fits else (_advice(rows, limit),))),
+    )
+
+
+def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    found = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
+    return torch.device("cpu") if found is None or found.type == "meta" else found
+
+
+def _passes(layers: _Layers, limit: int | None) -> tuple[Sequence[Sequence[Group]], list[PlanRow]]:
+    """The fewest passes that stay within the limit, or the most there can be; and their rows."""
+    parts, rows = [layers.groups], layers.phases.rows([layers.groups])
+    if limit is None or max(by_phase(rows).values()) <= limit:
+        return parts, rows
+    phases, total = layers.divisible_phases(), len(layers.specs)
+    for count in range(2, len(layers.groups) + 1):
+        parts = divided(layers.groups, math.ceil(total / count))
+        rows = phases.rows(parts)
+        if max(by_phase(rows).values()) <= limit:
+            return parts, rows
+    parts = divided(layers.groups, 1)
+    return parts, phases.rows(parts)
+
+
+def _advice(rows: Sequence[PlanRow], limit: int) -> str:
+    totals = by_phase(rows)
+    phase = max(totals, key=lambda name: totals[name])
+    largest = max((row for row in rows if row.phase == phase), key=lambda row: row.bytes)
+    remedies = {
+        "weights": "load the model in a smaller dtype, or take a larger device",
+        "activations": "lower the batch size, the length of samples, or adapt fewer layers",
+    }
+    remedy = next((text for word, text in remedies.items() if largest.what.startswith(word)), "")
+    return (
+        f"phase '{phase}' takes {size_text(totals[phase])} even with the layers of one input per pass, above the limit "
+        f"of {size_text(limit)}; most of it, {size_text(largest.bytes)}, is {largest.what}: "
+        f"{remedy or 'take an estimator with smaller statistics, or leave large layers out with exclude_modules'}."
+    )
+
+
+class _Layers:
+    """A model's layers with the bytes of each, and what does not depend on how they are divided."""
+
+    def __init__(self, model: nn.Module, pipeline: Pipeline, workload: Workload, device: torch.device) -> None:
+        self.model, self.pipeline, self.workload, self.device = model, pipeline, workload, device
+        self.specs: tuple[LayerSpec, ...] = ()
+        self.groups: Sequence[Group] = []
+        self.notes: list[str] = []
+
+    def read(self, peft_config: LoraConfig | None) -> None:
+        """Finds the layers, what each takes, and who reads one input."""
+        from lora_da_core import adapter
+
+        lora = adapter.chosen_config(self.model, peft_config, "default")
+        parts, config = self.pipeline.components, self.pipeline.config
+        targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
+        self.specs = targets.specs
+        self.notes += targets.notes
+        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config)
+        layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
+        self.phases = self._phases({name: layer.workspace.update for name, layer in layers.items()})
+        grouped: dict[str, list[LayerBytes]] = {}
+        for name, layer in layers.items():
+            grouped.setdefault(self.phases.all_tapped.leaders.get(name, name), []).append(layer)
+        self.groups = list(grouped.values())
+
+    def divisible_phases(self) -> Phases:
+        """The phases of runs in several passes."""
+        first = self.groups[0][0]
+        tapped = {first.spec.name: first.workspace.update}
+        return replace(self.phases, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+
+    @property
+    def _backward(self) -> bool:
+        parts = self.pipeline.components
+        return parts.estimator.needs_output_grads or not parts.gradient.forward_only
+
+    def _layer(self, spec: LayerSpec, module: nn.Module, probe: WorkspaceProbe) -> LayerBytes:
+        parts, registry, workload = self.pipeline.components, self.pipeline.registry, self.workload
+        weight = getattr(module, "weight", None)
+        # The weights of a quantized layer are no floating numbers; its inputs are.
+        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.bfloat16
+        itemsize = accumulation_dtype(dtype).itemsize
+        batch = workload.batch
+
+        def statistics(samples: int, tokens: int) -> tuple[int, int]:
+            return parts.estimator.statistics_bytes(spec, samples=samples, tokens=tokens, itemsize=itemsize)
+
+        shared, own = statistics(workload.samples, workload.total)
+        last = batch.samples * workload.total // workload.samples
+        _, earlier = statistics(workload.samples - batch.samples, workload.total - last)
+        gradient = parts.gradient.statistics_bytes(spec, itemsize=itemsize)
+        solver = parts.solver or registry.create(
+            "solver", registry.choose_solver(spec.in_features, spec.rank, self.device.type)
+        )
+        tokens = Tokens(batch.samples * batch.tokens, workload.total, workload.samples)
+        return LayerBytes(
+            spec=spec,
+            input=shared,
+            layer=own + gradient,
+            earlier=earlier + gradient,
+            solution=8 * spec.rank * (spec.in_features + spec.out_features),
+            workspace=probe.workspace(spec, tokens, solver, dtype),
+        )
+
+    def _phases(self, updates: Mapping[str, int]) -> Phases:
+        from lora_da_core.adapter import base_of
+
+        config, batch, base = self.pipeline.config, self.workload.batch, base_of(self.model)
+        forward_only = self.pipeline.components.gradient.forward_only
+        tensors = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
+        return Phases(
+            weights=sum(tensor.nbytes for tensor in tensors.values()),
+            all_tapped=self._traced(batch, updates, self._backward),
+            one_tapped=None,
+            forward=self._traced(batch, {}, False) if forward_only else None,
+            search=self._traced(self.workload.search, {}, False) if config.automatic_scale else None,
+            rounds=config.rounds,
+            device=self.device,
+        )
+
+    def _traced(self, batch: BatchShape, updates: Mapping[str, int], backward: bool) -> Activations:
+        from lora_da_core import adapter
+
+        base = adapter.base_of(self.model)
+        try:
+            with adapter.adapters_disabled(self.model):
+                return trace(base, batch, updates, backward=backward)
+        except Exception as error:  # the model's own code may raise anything where tensors have no values
+            note = (
+                "this model does not run on tensors without values "
+                f"({type(error).__name__}: {reason(error).rstrip('.')}); activations are a rough guess from the sizes "
+                "of its matrices, and no two layers are taken to share an input."
+            )
+            if note not in self.notes:
+                self.notes.append(note)
+            return guess(base, batch, updates, backward=backward)

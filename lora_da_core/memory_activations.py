@@ -1,0 +1,187 @@
+"""What one batch takes: forward and backward on fake tensors, with the taps of a real run and no arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from lora_da_core.allocations import Allocations
+from lora_da_core.operators import accumulation_dtype
+from lora_da_core.taps import Tap, TokenLedger, Use
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A batch: how many samples, and how many tokens each is padded to."""
+
+    samples: int
+    tokens: int
+
+
+@dataclass
+class Activations:
+    """What a batch was found to take.
+
+    Attributes:
+        peak: Most bytes beyond weights and statistics.
+        leaders: For every tapped layer that ran, the first layer that read the same input tensor.
+        inputs: Bytes of the input that each of those first layers read; the tap keeps it for the backward pass.
+    """
+
+    peak: int = 0
+    leaders: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, int] = field(default_factory=dict)
+
+
+def trace(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool) -> Activations:
+    """Runs a model on one padded batch of which every token is a label.
+
+    Fake tensors have shapes and no values, so this takes little time and no memory; the model is copied without its
+    weights. Attention is fused where it is on a CPU, which takes as little memory as the fused ones elsewhere.
+
+    Args:
+        model: The base model, on any device, `meta` included.
+        batch: The batch's shape.
+        updates: By tapped layer, the bytes that accumulating its tokens takes for a moment.
+        backward: Whether losses are differentiated.
+
+    Returns:
+        The peak, and which layers read one input. Whatever the model's code raises on fake tensors passes.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = _without_weights(model, fake)
+    modules = dict(copied.named_modules())
+    taps = _Taps(batch, updates, backward)
+    for name in updates:
+        modules[name].register_forward_hook(taps.hook(name))
+    tensors = itertools.chain(copied.parameters(), copied.buffers())
+    with fake, Allocations(tensors, answers=True) as allocations, torch.set_grad_enabled(backward):
+        losses = _losses(copied, batch)
+        if backward:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+    taps.found.peak = allocations.peak
+    return taps.found
+
+
+def guess(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool) -> Activations:
+    """What `trace` finds, from the sizes of matrices alone: for models that do not run on fake tensors.
+
+    Every matrix is taken to leave its input and its output behind, the one with the most rows, which makes the logits,
+    three more copies in float32. Layers are taken to read inputs of their own.
+
+    Args:
+        model: As `trace` takes it.
+        batch: As `trace` takes it.
+        updates: As `trace` takes it.
+        backward: As `trace` takes it.
+
+    Returns:
+        A rough guess.
+    """
+    matrices = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    sizes = [sides for module in matrices if (sides := _sides(module)) is not None]
+    token = [itemsize * (rows + columns) for rows, columns, itemsize in sizes]
+    logits = 3 * 4 * max((rows for rows, _, _ in sizes), default=0)
+    each = (sum(token) if backward else max(token, default=0)) + logits
+    peak = batch.samples * batch.tokens * each + max(updates.values(), default=0)
+    return Activations(peak, {name: name for name in updates})
+
+
+def _sides(module: nn.Module) -> tuple[int, int, int] | None:
+    """Rows, columns and bytes of an activation's element, of a module that multiplies by a matrix."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    # The weights of a quantized layer are packed, so their shape tells nothing.
+    shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    rows, columns = shape if None not in shape else (tuple(weight.shape) if weight.ndim == 2 else (None, None))
+    return None if rows is None or columns is None else (rows, columns, max(2, weight.itemsize))
+
+
+class _Taps:
+    """The hooks that `capture` would set, with what feeding the accumulators takes in their place."""
+
+    def __init__(self, batch: BatchShape, updates: Mapping[str, int], backward: bool) -> None:
+        self.found = Activations()
+        self._ledger = TokenLedger(batch.samples, _no_mask, torch.device("cpu"))
+        self._updates = updates
+        self._backward = backward
+
+    def hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+        def tap(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            inputs: Tensor = args[0]
+            use = Use(name, self._ledger.input_of(inputs, name))
+            self.found.leaders.setdefault(name, use.input.leader)
+            self.found.inputs.setdefault(use.input.leader, inputs.nbytes)
+            if not self._backward:
+                self._sink(use, inputs.detach(), None)
+                return None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            tapped: Tensor = Tap.apply(output, inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
+            return tapped
+
+        return tap
+
+    def _sink(self, use: Use, inputs: Tensor, output_grads: Tensor | None) -> None:
+        tokens = [block.flatten(0, -2) for block in (inputs, output_grads) if block is not None]
+        # The token mask leaves some out, so those that count are copied.
+        counted = [block[torch.arange(len(block))] for block in tokens]
+        scratch = torch.empty(self._updates[use.layer], dtype=torch.uint8)
+        del counted, scratch
+
+
+def _no_mask(name: str, tokens: int) -> Tensor:
+    raise AssertionError("no token is masked here")
+
+
+def _without_weights(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
+    """A copy of the module tree, frozen and in evaluation mode, that holds fake tensors on the CPU."""
+    twins: dict[int, Any] = {}
+    with fake:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
+    return copy.deepcopy(model, twins).eval()
+
+
+def _losses(model: nn.Module, batch: BatchShape) -> Tensor:
+    """One loss per token, by the steps of the language modelling objective."""
+    scores = _scores(model, batch)
+    targets = torch.zeros(len(scores), dtype=torch.int64)
+    return functional.cross_entropy(scores, targets, reduction="none")
+
+
+def _scores(model: nn.Module, batch: BatchShape) -> Tensor:
+    output = model(**_inputs(model, batch))
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    if logits.ndim == 3:
+        # A label is predicted by the token before it; picking them copies.
+        places = torch.zeros(batch.samples * (batch.tokens - 1), dtype=torch.int64)
+        logits = logits[:, :-1][places, places]
+    return logits.to(accumulation_dtype(logits.dtype))
+
+
+def _inputs(model: nn.Module, batch: BatchShape) -> dict[str, Any]:
+    """Text with an attention mask, for both sides of an encoder-decoder, or images where the model takes those."""
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        sides = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+        return {"pixel_values": torch.ones(batch.samples, config.num_channels, *sides)}
+    names = ["input_ids", "attention_mask"]
+    if getattr(config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    inputs: dict[str, Any] = {name: torch.ones(batch.samples, batch.tokens, dtype=torch.int64) for name in names}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    return inputs
