@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_da_core import adapter
 from lora_da_core.ablation import baselines, make_grid, run_grid
 from lora_da_core.ablation.finetune import TrainingData, finetune
-from lora_da_core.ablation.grid import FinetuneSettings
+from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.ablation.stacked import Member, finetune_together
 from lora_da_core.ablation.workspace import Workspace
 from lora_da_core.data import IGNORED, batches

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.ablation.grid import FinetuneSettings
+from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
 from lora_da_core.data import IGNORED, Sample, batches
 from lora_da_core.types import Batch

@@ -8,8 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import PurePath
 from typing import Any, Final
 
-from lora_da_core.ablation.grid import COMPONENTS, FinetuneSettings, RunSettings, make_grid
+from lora_da_core.ablation.grid import COMPONENTS, make_grid
 from lora_da_core.ablation.results import FAILED, Record
+from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
 from lora_da_core.report import number
 
 _FINGERPRINT: Final = 12

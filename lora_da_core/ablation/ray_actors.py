@@ -17,7 +17,8 @@ from typing import Any, Final
 import torch
 
 from lora_da_core.ablation.dispatch import GroupServer, Message, Pool, Worker
-from lora_da_core.ablation.grid import Grid, Group, RunSettings
+from lora_da_core.ablation.grid import Grid, Group
+from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.errors import LoraDAError, OptionError
 from lora_da_core.sources import reason
 

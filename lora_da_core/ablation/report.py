@@ -10,9 +10,9 @@ from typing import Any, Final
 from lora_da_core.ablation import comparison, figures, loss_figures, provenance, tables
 from lora_da_core.ablation.comparison import Configuration, Difference
 from lora_da_core.ablation.downstream import AtBest, at_best
-from lora_da_core.ablation.grid import RunSettings
 from lora_da_core.ablation.page import PICTURES, Section, markdown, page
 from lora_da_core.ablation.results import FAILED, Record, read_run, write_bytes
+from lora_da_core.ablation.settings import RunSettings
 
 MARKDOWN: Final = "report.md"
 HTML: Final = "report.html"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.ablation.finetune import Curve, TrainingData, rate_factor, seeded
-from lora_da_core.ablation.grid import FinetuneSettings
+from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
 from lora_da_core.data import IGNORED, Sample, padded
 from lora_da_core.errors import OptionError

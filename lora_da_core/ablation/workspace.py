@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lora_da_core.ablation.finetune import TrainingData
-from lora_da_core.ablation.grid import Grid, RunSettings
+from lora_da_core.ablation.grid import Grid
 from lora_da_core.ablation.results import data_fingerprint, versions
+from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.cli_options import module_names
 from lora_da_core.data import Rows, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
