@@ -32,8 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import EvaConfig, LoraConfig, LoraGAConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora import preprocess_loraga
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from scipy import stats
 from torch import nn
 from transformers import ViTForImageClassification
@@ -54,6 +53,7 @@ from benchmarks.digits import (
 )
 from benchmarks.machine import machine
 from lora_da_core import adapter
+from lora_da_core.ablation import baselines
 from lora_da_core.ablation.finetune import rate_factor
 from lora_da_core.sizing import SEARCH_SAMPLES
 
@@ -92,11 +92,12 @@ Maker = Callable[[nn.Module, Calibration, dict[str, Any]], Made]
 """From a model of its own, calibration samples and the LoRA configuration's arguments."""
 
 
-def stock(kind: Any) -> Maker:
-    """One of PEFT's initialisations that read no data."""
+def stock(name: str) -> Maker:
+    """One of PEFT's initialisations, as a grid's baseline has it."""
 
     def make(model: nn.Module, data: Calibration, lora: dict[str, Any]) -> Made:
-        return Made(get_peft_model(model, LoraConfig(init_lora_weights=kind, **lora)), {})
+        settings = {key: value for key, value in lora.items() if key != "target_modules"}
+        return Made(baselines.initialise(name, model, lora["target_modules"], data.batches, settings), {})
 
     return make
 
@@ -109,18 +110,6 @@ def eva(model: nn.Module, data: Calibration, lora: dict[str, Any]) -> Made:
         wrapped, data.batches, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
     )
     return Made(wrapped, {})
-
-
-def lora_ga(model: nn.Module, data: Calibration, lora: dict[str, Any]) -> Made:
-    """PEFT's LoRA-GA."""
-    config = LoraConfig(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), **lora)
-
-    def train_step() -> None:
-        for batch in data.batches:
-            model(**batch).loss.backward()
-
-    preprocess_loraga(model, config, train_step)
-    return Made(get_peft_model(model, config), {})
 
 
 def ours(preset: str, **components: Any) -> Maker:
@@ -145,11 +134,11 @@ def ours(preset: str, **components: Any) -> Maker:
 
 
 METHODS: dict[str, Maker] = {
-    "default": stock(True),
+    "default": stock("default"),
     "pissa": stock("pissa"),
     "olora": stock("olora"),
     "eva": eva,
-    "lora_ga": lora_ga,
+    "lora_ga": stock("lora_ga"),
     "paper": ours("paper"),
     "robust": ours("robust"),
     "lora_one": ours("lora_one"),

@@ -103,17 +103,21 @@ def first_samples(batches: Iterable[Batch], samples: int | None, beyond: int = 0
     parts: tuple[list[Batch], list[Batch]] = ([], [])
     wanted = [samples, beyond]
     for batch in batches:
+        if not (isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)):
+            # Whoever counts the labels refuses it; until then it stands for one sample, so that a stream ends.
+            place = 0 if wanted[0] else 1
+            parts[place].append(batch)
+            wanted[place] -= 1
+        else:
+            start, size = 0, len(batch["labels"])
+            for place, part in enumerate(parts):
+                count = min(wanted[place], size - start)
+                if count:
+                    part.append(batch if count == size else take_rows(batch, torch.arange(start, start + count)))
+                    start, wanted[place] = start + count, wanted[place] - count
+        # Before the next batch is asked for, which costs a loader its work.
         if not any(wanted):
             break
-        if not (isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor)):
-            parts[0 if wanted[0] else 1].append(batch)
-            continue
-        start, size = 0, len(batch["labels"])
-        for place, part in enumerate(parts):
-            count = min(wanted[place], size - start)
-            if count:
-                part.append(batch if count == size else take_rows(batch, torch.arange(start, start + count)))
-                start, wanted[place] = start + count, wanted[place] - count
     return parts
 
 

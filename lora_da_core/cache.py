@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import logging
@@ -208,7 +207,7 @@ def _write(directory: Path, identity: Identity, found: Estimates) -> None:
         "layers": layers,
         "tensors": tensors,
         "counts": {"samples": sums.samples, "label_tokens": sums.label_tokens, "loss_sum": sums.loss_sum},
-        "tensors_sha256": _file_digest(directory / TENSORS_FILE),
+        "tensors_sha256": storage.file_digest(directory / TENSORS_FILE),
     }
     storage.write_json(directory / MANIFEST_FILE, {**manifest, "manifest_sha256": digest_of(manifest)})
 
@@ -255,7 +254,7 @@ def _loaded(
     path = entry / TENSORS_FILE
     sums: dict[str, dict[str, dict[str, Tensor]]] = {"input": {}, "layer": {}, "gradient": {}}
     try:
-        if _file_digest(path) != manifest["tensors_sha256"]:
+        if storage.file_digest(path) != manifest["tensors_sha256"]:
             raise StorageError(f"{TENSORS_FILE} is not as it was written")
         with safe_open(path, framework="pt") as file:
             for number, (role, layer, key, beside_weights) in enumerate(manifest["tensors"]):
@@ -275,8 +274,3 @@ def _loaded(
         raise StorageError(f"{TENSORS_FILE} cannot be read: {type(error).__name__}: {error}") from error
     # An estimator may keep nothing of a layer.
     return statistics, {name: sums["gradient"].get(name, {}) for name in layers}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

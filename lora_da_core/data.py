@@ -92,7 +92,7 @@ class TextData:
     @property
     def label_tokens(self) -> int:
         """Labels of all samples."""
-        return sum(_count_labels(sample["labels"]) for sample in self.samples)
+        return sum(count_labels(sample["labels"]) for sample in self.samples)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def encode_text(
     passages = [layout.passage(rows[index], index) for index in drawn[count:]]
     ends = not layout.writes_special_tokens
     further = [encoder(passage, end_of_text=ends)[0] for passage in passages if passage is not None]
-    return replace(found, unseen=tuple(sample for sample in further if _count_labels(sample["labels"])))
+    return replace(found, unseen=tuple(sample for sample in further if count_labels(sample["labels"])))
 
 
 def _encode_rows(rows: Rows, drawn: Sequence[int], layout: RowFormat, encoder: _Encoder, notes: list[str]) -> TextData:
@@ -228,7 +228,7 @@ def _encode_rows(rows: Rows, drawn: Sequence[int], layout: RowFormat, encoder: _
             empty.append(index)
             continue
         sample, truncated = encoder(passage, end_of_text=not layout.writes_special_tokens)
-        if _count_labels(sample["labels"]) == 0:
+        if count_labels(sample["labels"]) == 0:
             (beyond if truncated else empty).append(index)
             continue
         cut += truncated
@@ -296,7 +296,8 @@ def _draw(population: int, options: TextOptions) -> list[int]:
     return order
 
 
-def _count_labels(labels: Sequence[int]) -> int:
+def count_labels(labels: Sequence[int]) -> int:
+    """How many of the labels a loss is taken of."""
     return sum(label != IGNORED for label in labels)
 
 

@@ -18,11 +18,11 @@ from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.estimation import Estimates, estimate
 from lora_da_core.omega import WeightStep, fixed_factors, unit_step
-from lora_da_core.operators import accumulation_dtype
+from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import Sizing
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
-from lora_da_core.types import LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
+from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +94,12 @@ class Finish:
             self.notes.append(
                 "the step was sized on samples that it was estimated from: none are left beyond `samples`"
             )
-        sizing = Sizing(estimates.task, estimates.unseen if unseen else estimates.batches, dtypes, self.on_progress)
-        for number in range(self.config.rounds):
-            if number:
-                if not unseen:
-                    sizing = Sizing(estimates.task, estimates.later[number - 1], dtypes, self.on_progress)
-                rounds.append(self._solved(self._again(estimates, number, sizing, steps)))
-            else:
-                rounds.append(self._solved(estimates))
+        for number, part in enumerate([estimates.batches, *estimates.later]):
+            sizing = Sizing(estimates.task, estimates.unseen if unseen else part, dtypes, self.on_progress)
+            found = self._again(estimates, number, part, sizing.changes(steps)) if number else estimates
+            rounds.append(self._solved(found))
             solutions = rounds[-1].solutions
-            direction = {n: unit_step(found.subspace, self.config.spectrum) for n, found in solutions.items()}
+            direction = {n: unit_step(each.subspace, self.config.spectrum) for n, each in solutions.items()}
             search, steps = self._timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d))  # type: ignore[misc]
             searches.append(asdict(search))
         if not any(search["multiplier"] for search in searches):
@@ -112,9 +108,11 @@ class Finish:
         earlier = {"earlier": searches[:-1]} if len(searches) > 1 else {}
         return rounds, factors, {**searches[-1], **earlier}
 
-    def _again(self, estimates: Estimates, number: int, sizing: Sizing, steps: Mapping[str, WeightStep]) -> Estimates:
-        task = replace(estimates.task, changes=sizing.changes(steps))
-        found = estimate(task, estimates.later[number - 1], self.config.seed + number, self.on_progress)
+    def _again(
+        self, first: Estimates, number: int, batches: Sequence[Batch], changes: Mapping[str, LinearMap]
+    ) -> Estimates:
+        task = replace(first.task, changes=changes)
+        found = estimate(task, batches, self.config.seed + number, self.on_progress)
         for phase, seconds in found.seconds.items():
             self.seconds[phase] += seconds
         self.notes += [note for note in found.notes if note not in self.notes]

@@ -13,7 +13,6 @@ import torch
 
 from lora_da_core.errors import OptionError
 from lora_da_core.pipeline import Pipeline, build_pipeline
-from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import RunReport
 
 SAMPLES = 64
@@ -58,21 +57,10 @@ def init_before_training(
     config = replace(chosen.config, samples=wanted, population=population)
     adapter.config_of(model, adapter_name)
     with _random_states():
-        batches = list(_batches(trainer.get_train_dataloader(), wanted + SEARCH_SAMPLES))
-        result = Pipeline(chosen.registry, chosen.components, config).run(model, batches, adapter_name=adapter_name)
+        loader = trainer.get_train_dataloader()
+        result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
     return result.report
-
-
-def _batches(loader: Any, samples: int) -> Iterator[Any]:
-    """As many of the loader's batches as hold that many samples."""
-    taken = 0
-    for batch in loader:
-        yield batch
-        labels = batch.get("labels") if hasattr(batch, "get") else None
-        taken += len(labels) if labels is not None else 1
-        if taken >= samples:
-            return
 
 
 @contextlib.contextmanager

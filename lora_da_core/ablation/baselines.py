@@ -16,14 +16,13 @@ from peft import (
 )
 from torch import Tensor, nn
 
+from lora_da_core.adapter_targets import lora_layers
 from lora_da_core.batches import to_device
 from lora_da_core.errors import AdapterError, OptionError
 from lora_da_core.types import Batch, LoraFactors
 
 PASSES: Final[Mapping[str, int]] = {"default": 0, "eva": 1, "lora_ga": 1, "pissa": 0, "olora": 0, "corda": 1}
 """How often each reads the data."""
-
-_A_ENDING: Final = ".lora_A.default.weight"
 
 
 def initialise(
@@ -38,7 +37,7 @@ def initialise(
         model: A model that may be changed: some of these move part of a weight into the adapter.
         names: The layers' full names.
         batches: What the data-driven ones read.
-        settings: `r`, `lora_alpha` and `use_rslora`.
+        settings: `r` and what else the LoRA configurations share.
 
     Returns:
         The PeftModel.
@@ -55,7 +54,7 @@ def initialise(
         "lora_ga": _lora_ga,
         "corda": _corda,
     }
-    common = {**settings, "target_modules": list(names), "task_type": "CAUSAL_LM"}
+    common = {**settings, "target_modules": list(names)}
     with warnings.catch_warnings():
         # They announce that the base changes, which is why it is a copy.
         warnings.simplefilter("ignore", UserWarning)
@@ -69,15 +68,10 @@ def initialise(
 
 def factors_of(model: PeftModel) -> dict[str, LoraFactors]:
     """A (r, in) and B (out, r) of every adapted layer, by its name in the base model; copies."""
-    found: dict[str, LoraFactors] = {}
-    parameters = dict(model.named_parameters())
-    for name in parameters:
-        if name.endswith(_A_ENDING):
-            stem = name.removesuffix(_A_ENDING)
-            b = parameters[f"{stem}{_A_ENDING.replace('lora_A', 'lora_B')}"]
-            pair = LoraFactors(parameters[name].detach().clone(), b.detach().clone())
-            found[stem.removeprefix("base_model.model.")] = pair
-    return found
+    return {
+        name: LoraFactors(*(part["default"].weight.detach().clone() for part in (layer.lora_A, layer.lora_B)))
+        for name, layer in lora_layers(model.get_base_model()).items()
+    }
 
 
 def offset_of(wrapped: PeftModel, base: nn.Module, start: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:
@@ -94,15 +88,14 @@ def offset_of(wrapped: PeftModel, base: nn.Module, start: Mapping[str, LoraFacto
     Raises:
         AdapterError: A weight has become something else.
     """
-    found = {}
+    found, layers = {}, lora_layers(wrapped.get_base_model())
     for name, pair in start.items():
-        layer = wrapped.get_submodule(f"base_model.model.{name}")
-        before = cast(Tensor, base.get_submodule(name).weight)
-        taken = before.float() - layer.base_layer.weight.to(before.device).float()
+        layer = layers[name]
+        before = cast(Tensor, base.get_submodule(name).weight).detach()
+        taken = before.float() - layer.get_base_layer().weight.detach().to(before.device).float()
         if not bool(taken.any()):
             continue
-        product = layer.scaling["default"] * (pair.B.float() @ pair.A.float()).to(before.device)
-        expected = product.mT if type(layer.base_layer).__name__ == "Conv1D" else product
+        expected = layer.get_delta_weight("default").detach().to(before.device).float()
         # The weights are kept in their own dtype, so they differ by its rounding.
         allowed = 4 * torch.finfo(before.dtype).eps * float(before.abs().max() + expected.abs().max())
         if float((taken - expected).abs().max()) > allowed:

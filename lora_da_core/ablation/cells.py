@@ -23,7 +23,7 @@ from lora_da_core.ablation.workspace import Workspace
 from lora_da_core.components import Components
 from lora_da_core.estimation import Estimates
 from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import LayerSpec, LoraFactors
+from lora_da_core.types import LoraFactors
 
 RESULT_FIELDS: Mapping[str, Any] = {
     "error": None,
@@ -139,19 +139,23 @@ class GroupRun:
         assert tune is not None
         start, rates = time.perf_counter(), tune.learning_rates
         try:
-            targets = adapter.resolve_targets(space.model, space.lora(1))
-            specs = {
-                each.cell.rank: adapter.resolve_targets(space.model, space.lora(each.cell.rank)).specs
-                for each in waiting
+            targets = {
+                rank: adapter.resolve_targets(space.model, space.lora(rank))
+                for rank in sorted({each.cell.rank for each in waiting})
             }
             members = [
                 Member(
-                    each.factors, space.training(each.cell.seed), rate, each.offset, _scalings(specs[each.cell.rank])
+                    each.factors,
+                    space.training(each.cell.seed),
+                    rate,
+                    each.offset,
+                    {spec.name: spec.scaling for spec in targets[each.cell.rank].specs},
                 )
                 for each in waiting
                 for rate in rates
             ]
-            curves = finetune_together(space.model, targets.modules, targets.specs, members, tune)
+            some = next(iter(targets.values()))
+            curves = finetune_together(space.model, some.modules, some.specs, members, tune)
         except Exception as error:
             for each in waiting:
                 spent = each.record["spent"] + (time.perf_counter() - start) / len(waiting)
@@ -235,7 +239,12 @@ class GroupRun:
         draw, lora = space.draw(cell.samples, cell.seed), space.lora(cell.rank)
         names = [spec.name for spec in adapter.resolve_targets(space.model, lora).specs]
         fresh = copy.deepcopy(space.model)
-        settings = {"r": cell.rank, "lora_alpha": space.run.lora_alpha, "use_rslora": space.run.use_rslora}
+        settings = {
+            "r": cell.rank,
+            "lora_alpha": space.run.lora_alpha,
+            "use_rslora": space.run.use_rslora,
+            "task_type": "CAUSAL_LM",
+        }
         with seeded(cell.seed, space.device), PeakMemory(space.device) as memory:
             start = time.perf_counter()
             wrapped = baselines.initialise(cell.baseline, fresh, names, draw.batches, settings)
@@ -348,10 +357,6 @@ def _searched(scale: Mapping[str, Any], balance: str) -> int:
     searches = [search for search in (*scale.get("earlier", ()), scale) if "tried" in search]
     looks = int(bool(searches) and balance == "activation")
     return SEARCH_SAMPLES * (looks + sum(1 + len(search["tried"]) for search in searches))
-
-
-def _scalings(specs: Sequence[LayerSpec]) -> dict[str, float]:
-    return {spec.name: spec.scaling for spec in specs}
 
 
 def _same_estimators(estimates: Estimates, parts: Components) -> bool:

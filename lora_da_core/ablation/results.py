@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_da_core.errors import StorageError
+from lora_da_core.storage import file_digest
 
 Record = dict[str, Any]
 """One cell's line: settings, status, costs, fidelity, loss curves."""
@@ -201,9 +202,9 @@ def data_fingerprint(source: str, rows: Any) -> str:
     if not path.exists():
         return str(getattr(rows, "_fingerprint", ""))
     if path.is_file():
-        return _file_digest(path)
+        return file_digest(path)
     files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    listing = "".join(f"{file.relative_to(path)} {_file_digest(file)}\n" for file in files)
+    listing = "".join(f"{file.relative_to(path)} {file_digest(file)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
@@ -271,11 +272,6 @@ def finite(value: Any) -> Any:
 
 def _flat(value: Any) -> Any:
     return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _to_disk(descriptor: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_da_core.ablation.finetune import Curve, TrainingData, rate_factor, seeded
 from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
-from lora_da_core.data import IGNORED, Sample, padded
+from lora_da_core.data import IGNORED, Sample, count_labels, padded
 from lora_da_core.errors import OptionError
 from lora_da_core.types import Batch, LayerSpec, LoraFactors
 
@@ -138,21 +138,15 @@ class _Stack:
             for spec in specs
         }
         self.offsets = {spec.name: self._offset(spec) for spec in specs}
-        self._fill()
+        # Ranks below the largest are filled up with zeros, which stay zero: each factor's gradient holds the other.
+        with torch.no_grad():
+            for name, (a, b) in self.factors.items():
+                _place([member.factors[name] for member in members], a, b)
         rows = [torch.nn.Parameter(row) for row in self.values]
         for row, gradient in zip(rows, self.gradients, strict=True):
             row.grad = gradient
         groups = [{"params": [row], "lr": m.learning_rate} for row, m in zip(rows, members, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-
-    def _fill(self) -> None:
-        """Ranks below the largest are filled up with zeros, which stay zero: each factor's gradient holds the other."""
-        with torch.no_grad():
-            for name, (a, b) in self.factors.items():
-                for place, member in enumerate(self.members):
-                    own = member.factors[name]
-                    a[place, : own.A.shape[0]].copy_(own.A)
-                    b[place, :, : own.B.shape[1]].copy_(own.B)
 
     def _offset(self, spec: LayerSpec) -> tuple[Tensor, Tensor] | None:
         held = [member.offset.get(spec.name) for member in self.members]
@@ -161,10 +155,7 @@ class _Stack:
             return None
         a = torch.zeros(len(held), rank, spec.in_features, device=self.device)
         b = torch.zeros(len(held), spec.out_features, rank, device=self.device)
-        for place, pair in enumerate(held):
-            if pair is not None:
-                a[place, : pair.A.shape[0]].copy_(pair.A)
-                b[place, :, : pair.B.shape[1]].copy_(pair.B)
+        _place(held, a, b)
         return a, b.neg_()
 
     @contextlib.contextmanager
@@ -192,7 +183,9 @@ class _Stack:
     def step(self, samples: Sequence[Sequence[Sample]], factor: float) -> Tensor:
         """One optimiser step of every member; returns the training losses, (members,)."""
         ordered = [sorted(own, key=lambda sample: -len(sample["input_ids"])) for own in samples]
-        counts = torch.tensor([sum(_labels(sample) for sample in own) for own in ordered], device=self.device)
+        counts = torch.tensor(
+            [sum(count_labels(sample["labels"][1:]) for sample in own) for own in ordered], device=self.device
+        )
         losses = torch.zeros(len(ordered), device=self.device)
         self.gradients.zero_()
         at = 0
@@ -248,5 +241,9 @@ class _Stack:
         return logits[:, -last:]
 
 
-def _labels(sample: Sample) -> int:
-    return sum(label != IGNORED for label in sample["labels"][1:])
+def _place(pairs: Sequence[LoraFactors | None], a: Tensor, b: Tensor) -> None:
+    """Every member's factors into (members, rank, in) and (members, out, rank), the first of a larger rank."""
+    for place, pair in enumerate(pairs):
+        if pair is not None:
+            a[place, : pair.A.shape[0]].copy_(pair.A)
+            b[place, :, : pair.B.shape[1]].copy_(pair.B)

@@ -28,6 +28,8 @@ _SAMPLED_ROWS = 256
 class Likelihood(ABC):
     """What the model says of the labels of one batch; labels are independent given the inputs."""
 
+    targets: Tensor
+
     @property
     @abstractmethod
     def places(self) -> int:
@@ -38,9 +40,13 @@ class Likelihood(ABC):
     def outcomes(self) -> int:
         """Terms that the expectation over one label has."""
 
-    @abstractmethod
     def losses(self) -> Tensor:
         """Per-sample losses (samples,) of the data's labels."""
+        return self._losses_of(self.targets)
+
+    @abstractmethod
+    def _losses_of(self, labels: Tensor) -> Tensor:
+        """Per-sample losses of labels shaped as the data's."""
 
     @abstractmethod
     def sampled_losses(self, generator: torch.Generator) -> Tensor:
@@ -77,9 +83,6 @@ class Categorical(Likelihood):
     def outcomes(self) -> int:
         return self.scores.shape[-1]
 
-    def losses(self) -> Tensor:
-        return self._losses_of(self.targets)
-
     def sampled_losses(self, generator: torch.Generator) -> Tensor:
         return self._losses_of(_sampled_classes(self.scores.detach(), generator))
 
@@ -111,9 +114,6 @@ class Bernoulli(Likelihood):
     def outcomes(self) -> int:
         return 2
 
-    def losses(self) -> Tensor:
-        return self._losses_of(self.targets)
-
     def sampled_losses(self, generator: torch.Generator) -> Tensor:
         scores = self.scores.detach()
         drawn = _uniform(scores, generator) < torch.sigmoid(scores.double())
@@ -141,9 +141,6 @@ class Gaussian(Likelihood):
     @property
     def outcomes(self) -> int:
         return 1
-
-    def losses(self) -> Tensor:
-        return self._losses_of(self.targets)
 
     def sampled_losses(self, generator: torch.Generator) -> Tensor:
         scores = self.scores.detach()
