@@ -21,7 +21,7 @@ from lora_da_core.omega import WeightStep, fixed_factors, unit_step
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import Sizing
-from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
 from lora_da_core.types import Batch, LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,8 @@ class Finish:
         return found
 
     def _solved(self, estimates: Estimates) -> _Round:
-        return _Round(estimates, self._timed("solve", lambda: self._solutions(estimates)))
+        with full_float32():
+            return _Round(estimates, self._timed("solve", lambda: self._solutions(estimates)))
 
     def _solutions(self, estimates: Estimates) -> dict[str, LayerSolution]:
         parts, statistics = self.components, estimates.statistics

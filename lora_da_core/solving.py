@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ logger = logging.getLogger(__name__)
 ORTHONORMAL = 1e-3
 """Largest |UᵀU − I| that counts as orthonormal; solvers in float32 stay far below."""
 
+
+NORM_TOLERANCE = 1e-4
+"""Relative residual that σ² is found to: its error is at most that, and of the order of the square where it has a gap.
+
+σ only scales a layer's solution, and the vector that belongs to it is not used.
+"""
 
 BATCH_BYTES = 2**33
 """Bytes of float64 operators that may wait for a batched solve on an accelerator."""
@@ -144,7 +151,8 @@ class LayerSolver:
         solver = self._solver_for(size, rank, device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{config.seed}:{first.spec.name}".encode()))
         names = ", ".join(layer.spec.name for layer in layers)
-        norms = self._smallest(solver, [NegatedGram(layer.step) for layer in layers], 1, generator, names)
+        grams = [NegatedGram(layer.step) for layer in layers]
+        norms = self._smallest(_for_norms(solver), grams, 1, generator, names)
         beta_over_n = config.beta / population
         operators = [omega(layer.step, layer.variance, alpha=config.alpha, beta_over_n=beta_over_n) for layer in layers]
         results = self._smallest(solver, operators, rank, generator, names)
@@ -272,6 +280,28 @@ class LayerSolver:
 
     def _blamed(self, kind: str, component: Any, layer: str) -> AbstractContextManager[None]:
         return blamed(self._named(kind, component), f" on layer {layer}")
+
+
+def _for_norms(solver: Solver[Any]) -> Solver[Any]:
+    """The solver as σ² needs it: one whose options have a `tolerance` is asked for `NORM_TOLERANCE` at most."""
+    asked = getattr(solver.options, "tolerance", None)
+    if not isinstance(asked, float) or asked >= NORM_TOLERANCE:
+        return solver
+    return type(solver)(replace(solver.options, tolerance=NORM_TOLERANCE))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 in float32, whatever was allowed before: TF32's 10 bits would decide where residuals end."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _member(result: EigenResult, index: int) -> EigenResult:

@@ -1,4 +1,4 @@
-"""Linear maps in float64, so that every product of a layer's step and variance has one dtype."""
+"""Linear maps in one dtype, so that every product of a layer's step and variance has it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from torch import Tensor
 from lora_da_core.operators import DenseMap, LinearMap, LowRankMap
 
 
-class _Widened(LinearMap):
-    """A map whose blocks and products are float64 though its own arithmetic is not."""
+class _Converted(LinearMap):
+    """A map whose blocks and products have another dtype than its own arithmetic."""
 
-    def __init__(self, inner: LinearMap) -> None:
+    def __init__(self, inner: LinearMap, dtype: torch.dtype) -> None:
         self.inner = inner
+        self._dtype = dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -20,38 +21,38 @@ class _Widened(LinearMap):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
         return self.inner.device
 
     def matmat(self, block: Tensor) -> Tensor:
-        return self.inner.matmat(block.to(self.inner.dtype)).double()
+        return self.inner.matmat(block.to(self.inner.dtype)).to(self._dtype)
 
     def rmatmat(self, block: Tensor) -> Tensor:
-        return self.inner.rmatmat(block.to(self.inner.dtype)).double()
+        return self.inner.rmatmat(block.to(self.inner.dtype)).to(self._dtype)
 
     def to_dense(self) -> Tensor:
-        return self.inner.to_dense().double()
+        return self.inner.to_dense().to(self._dtype)
 
 
-def double(linear_map: LinearMap) -> LinearMap:
-    """The same map with float64 products; stored maps are converted once, so that M and Mᵀ stay exact transposes."""
-    if linear_map.dtype == torch.float64:
+def converted(linear_map: LinearMap, dtype: torch.dtype) -> LinearMap:
+    """The same map with products in `dtype`; stored maps are converted once, so that M and Mᵀ stay exact transposes."""
+    if linear_map.dtype == dtype:
         return linear_map
     if isinstance(linear_map, DenseMap):
-        return DenseMap(linear_map.matrix.double())
+        return DenseMap(linear_map.matrix.to(dtype))
     if isinstance(linear_map, LowRankMap):
-        return LowRankMap(linear_map.left.double(), linear_map.right.double())
-    return _Widened(linear_map)
+        return LowRankMap(linear_map.left.to(dtype), linear_map.right.to(dtype))
+    return _Converted(linear_map, dtype)
 
 
 class ScaledTranspose(LinearMap):
     """`factor` times the transpose of a map, float64."""
 
     def __init__(self, inner: LinearMap, factor: float) -> None:
-        self.inner = double(inner)
+        self.inner = converted(inner, torch.float64)
         self.factor = factor
 
     @property

@@ -26,7 +26,7 @@ from lora_da_estimators._factors import (
     damp_diagonal,
     require_tokens,
 )
-from lora_da_estimators._maps import double
+from lora_da_estimators._maps import converted
 from lora_da_estimators._sums import (
     SECOND_MOMENT,
     SQUARES,
@@ -61,11 +61,17 @@ class KfacOptions:
             raise ValueError('labels has no effect with output="identity", which takes no gradients; leave it out')
 
 
+def products_dtype(output: DampedFactor, inputs: DampedFactor) -> torch.dtype:
+    """The dtype of products with both factors: the wider of theirs."""
+    return torch.promote_types(output.dtype, inputs.dtype)
+
+
 class KroneckerStep(LinearMap):
     """Δ_raw = −Z⁻¹ Gᵀ Y⁻¹, (in, out), as a product of three maps."""
 
     def __init__(self, gradient: LinearMap, output: DampedFactor, inputs: DampedFactor) -> None:
-        self.gradient = double(gradient)
+        self._dtype = products_dtype(output, inputs)
+        self.gradient = converted(gradient, self._dtype)
         self.output = output
         self.inputs = inputs
 
@@ -76,7 +82,7 @@ class KroneckerStep(LinearMap):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float64
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +99,10 @@ class KroneckerStep(LinearMap):
 
 
 class KfacFisher(LayerFisher):
-    """J = Y_d ⊗ Z_d with damped factors; all results are float64."""
+    """J = Y_d ⊗ Z_d with damped factors.
+
+    Matrices come back in float64; the operators of `step` and `inverse_input_trace` work in the factors' own dtype.
+    """
 
     def __init__(self, output: DampedFactor, inputs: DenseFactor) -> None:
         self.output = output
@@ -109,7 +118,9 @@ class KfacFisher(LayerFisher):
 
     def inverse_input_trace(self) -> SymmetricOperator:
         """V = tr(Y_d⁻¹) Z_d⁻¹; layers that read one input share the inverse."""
-        return Scaled(InverseOperator(self.inputs), self.output.inverse_trace())
+        return Scaled(
+            InverseOperator(self.inputs, products_dtype(self.output, self.inputs)), self.output.inverse_trace()
+        )
 
     def step(self, gradient: LinearMap) -> LinearMap:
         return KroneckerStep(gradient, self.output, self.inputs)
@@ -162,7 +173,7 @@ class Kfac(FisherEstimator[KfacOptions]):
             fisher_scale: Whether Y is the mean over tokens or the sum over a sample's tokens.
 
         Returns:
-            The Fisher, in float64.
+            The Fisher, factorised in float64.
         """
         spec = statistics.spec
         require_tokens(statistics)

@@ -28,6 +28,10 @@ _LEAST_PROBE = 4
 """Columns of a verification round's random block at least: one column alone can be nearly orthogonal to a copy."""
 _LEVEL = 1e-3
 """Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
+_PATIENCE = 30
+"""Products over which convergence is watched before a matrix may be given up."""
+_HOPE = 2
+"""A matrix is given up that at its rate over those products needs this many times what is left of the budget."""
 _ATTEMPTS = 4
 """How often residuals recomputed from fresh products may contradict the kept ones before rounding is blamed."""
 
@@ -112,6 +116,10 @@ class _Run:
         self.keep = min(rank + _KEPT_BLOCKS * self.probe, capacity - self.probe)
         self.space = Subspace(operator, capacity, generator)
         self.next_value = torch.full(operator.batch_shape, torch.inf, dtype=torch.float64)
+        self.hopeless = torch.zeros(operator.batch_shape, dtype=torch.bool)
+        """Matrices that the others of the batch no longer wait for."""
+        self._watched: tuple[int, Tensor] | None = None
+        """Products and residuals, in units of the tolerance, that progress is measured from."""
 
     def result(self) -> EigenResult:
         """Iterate until the candidates of all matrices pass verification, or the budget is spent."""
@@ -125,14 +133,14 @@ class _Run:
             candidate = self._candidate()
             accurate = self._accurate(candidate)
             last = space.applies >= self._iteration_budget or contradicted == _ATTEMPTS
-            if not bool(accurate.all()) and not last:
+            if not bool((accurate | self.hopeless).all()) and not last:
                 contradicted += 1
                 self._resume(candidate)
                 continue
             if not bool(accurate.any()):
                 break
             verified = accurate & self._verify(candidate, space.applies - started)
-            if bool(verified.all()) or last or space.applies >= self._iteration_budget:
+            if bool((verified | self.hopeless).all()) or last or space.applies >= self._iteration_budget:
                 break
             # What the round found has as many inaccurate directions as its block had columns.
             self.width = self.probe
@@ -163,7 +171,7 @@ class _Run:
 
     def _iterate(self) -> None:
         """Krylov steps until the kept products say that all matrices have converged, or the budget is spent."""
-        pause, worst = 2, torch.inf
+        pause, worst, self._watched = 2, torch.inf, None
         while True:
             for _ in range(pause):
                 if self.space.applies < self._iteration_budget or self.space.filled < self.rank:
@@ -174,13 +182,27 @@ class _Run:
             pause = _pause(before, worst, pause)
 
     def _worst_residual(self) -> float:
-        """The largest residual in units of the tolerance, over all matrices and wanted vectors."""
+        """The largest residual in units of the tolerance, over the matrices that are waited for; 0 without any."""
         space = self.space
         if space.filled <= self.rank:
             return torch.inf
         self._note_next_value()
-        residuals = space.residual_norms(self.rank).amax(-1)
-        return float((residuals / self._allowed()).max())
+        relative = space.residual_norms(self.rank).amax(-1) / self._allowed()
+        self._give_up(relative)
+        return float(relative.masked_fill(self.hopeless, 0.0).max())
+
+    def _give_up(self, relative: Tensor) -> None:
+        """Marks the matrices whose residuals, in units of the tolerance, fall too slowly to end within the budget."""
+        applies = self.space.applies
+        if self._watched is None:
+            self._watched = applies, relative
+        since, before = self._watched
+        if applies - since < _PATIENCE:
+            return
+        rate = (before / relative).log() / (applies - since)
+        needed = relative.log() / rate.clamp_min(torch.finfo(rate.dtype).tiny)
+        self.hopeless |= (relative > 1) & (needed > _HOPE * (self._iteration_budget - applies))
+        self._watched = applies, relative
 
     def _allowed(self) -> Tensor:
         """The residual that counts as converged, (…); above 0 even for a zero matrix."""
