@@ -1,10 +1,12 @@
 """LoRA-DA on Llama-2-7B shapes against PEFT's LoRA-GA, in one process on one GPU.
 
-Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, batch 16. Every program is
-warmed up on two batches, then timed `--repetitions` times; medians are reported. The check: sampled layers'
-subspaces against a dense float64 eigen-decomposition.
+Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, length-sorted batches of at most
+3,584 tokens. Every program is warmed up on two batches. Then rounds: each program once per round, until `--repetitions`
+or `--time-limit`; medians are reported, and what is known is printed and written after every run. After the first
+round: a profile of the solve, and the check of both presets by other code in float64 (`benchmarks.exact`): the residual
+of every layer, the angle of some.
 
-    python -m benchmarks.gpu_7b [--layers 32] [--samples 256] [--repetitions 3] [--output runs/benchmarks/gpu_7b.json]
+    python -m benchmarks.gpu_7b [--layers 32] [--samples 256] [--repetitions 3] [--time-limit 540] [--output FILE]
 """
 
 from __future__ import annotations
@@ -24,63 +26,75 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_core
+from benchmarks.exact import ExactOmega, orthonormal_rows
 from benchmarks.machine import machine, write_json
+from benchmarks.phases import SOLVE, timed, wait
 
 GIB = 2**30
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+REFERENCE = "peft lora_ga"
 
 
 def main() -> None:
     """Measures and prints."""
     options = _options()
-    model = _model(options.layers)
-    batches = _batches(options.samples, options.batch_size)
-    warm_up = batches[-2:]
+    deadline = time.monotonic() + options.time_limit
+    model = _model(options)
+    batches = _batches(options)
     # By name: PEFT's LoRA-GA does not know "all-linear".
     lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=list(LINEAR), task_type="CAUSAL_LM")
-    rows = {}
-    for name, program in _programs(model, lora).items():
-        program(warm_up)
-        runs = [_measured(program, batches) for _ in range(options.repetitions)]
-        rows[name] = _summary(runs)
-        print(f"{name}: {rows[name]}", flush=True)
-    reference = rows["peft lora_ga"]["seconds"]
-    figures = {
-        "layers": options.layers,
-        "samples": options.samples,
-        "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-        "repetitions": options.repetitions,
-        "rows": rows,
-        "ratio_to_lora_ga": {name: row["seconds"] / reference for name, row in rows.items()},
-        "largest_angle": _check(model, batches[:4], lora),
-    }
-    print(machine())
-    print({key: value for key, value in figures.items() if key != "rows"})
-    write_json(Path(options.output), figures)
+    pipelines = _pipelines()
+    programs = _programs(model, lora, pipelines)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    figures: dict[str, Any] = {"layers": options.layers, "samples": options.samples, "tokens": tokens, "rows": {}}
+    print(machine(), flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
+    for program in programs.values():
+        program(batches[-2:])
+    for number in range(options.repetitions):
+        for name, program in programs.items():
+            if number and time.monotonic() > deadline:
+                print("time limit reached", flush=True)
+                return
+            runs[name].append(_measured(program, batches))
+            figures["rows"][name] = _summary(runs[name])
+            ratio = figures["rows"][name]["seconds"] / figures["rows"][REFERENCE]["seconds"]
+            figures["rows"][name]["ratio_to_lora_ga"] = ratio
+            print(f"{name}: {figures['rows'][name]}", flush=True)
+            write_json(Path(options.output), figures)
+        if number == 0:
+            for preset in ("robust, fixed scale", "paper"):
+                figures[f"check {preset}"] = _check(model, batches, lora, pipelines[preset], options)
+                write_json(Path(options.output), figures)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=11008)
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-tokens", type=int, default=3584, help="of a batch, padding included")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no further run starts after them")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="runs/benchmarks/gpu_7b.json")
     return parser.parse_args()
 
 
-def _model(layers: int) -> Any:
+def _model(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        vocab_size=32000,
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden // 128),
+        vocab_size=options.vocabulary,
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
-    with torch.device("cuda"):
+    with torch.device(options.device):
         previous = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -89,14 +103,17 @@ def _model(layers: int) -> Any:
             torch.set_default_dtype(previous)
 
 
-def _batches(samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
-    """Length-sorted random samples of 100 to 288 tokens; the first half of each is a prompt."""
+def _batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
+    """Length-sorted random samples of 100 to 288 tokens; the first half of each is a prompt without labels."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(100, 289, (samples,), generator=generator).sort().values.tolist()
+    lengths = torch.randint(100, 289, (options.samples,), generator=generator).sort().values.tolist()
     batches = []
-    for start in range(0, samples, batch_size):
-        chunk = lengths[start : start + batch_size]
-        ids = torch.randint(0, 32000, (len(chunk), max(chunk)), generator=generator)
+    while lengths:
+        # Sorted: as many of the shortest as fit with the last of them as the longest.
+        fits = [count for count in range(1, len(lengths) + 1) if count * lengths[count - 1] <= options.batch_tokens]
+        count = max(fits, default=1)
+        chunk, lengths = lengths[:count], lengths[count:]
+        ids = torch.randint(0, options.vocabulary, (len(chunk), max(chunk)), generator=generator)
         mask = torch.arange(max(chunk))[None] < torch.tensor(chunk)[:, None]
         prompt = torch.arange(max(chunk))[None] < torch.tensor(chunk)[:, None] // 2
         labels = ids.masked_fill(~mask | prompt, -100)
@@ -104,17 +121,25 @@ def _batches(samples: int, batch_size: int) -> list[dict[str, torch.Tensor]]:
     return batches
 
 
-def _programs(model: Any, lora: LoraConfig) -> dict[str, Callable[[Any], Any]]:
-    paper = lora_da_core.build_pipeline(preset="paper")
+def _pipelines() -> dict[str, Any]:
     robust = lora_da_core.build_pipeline()
     fixed = lora_da_core.build_pipeline(config=dataclasses.replace(robust.config, scale="fixed"))
+    return {
+        "robust, fixed scale": fixed,
+        "robust": robust,
+        "paper": lora_da_core.build_pipeline(preset="paper"),
+    }
+
+
+def _programs(model: Any, lora: LoraConfig, pipelines: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    device = next(model.parameters()).device
 
     def lora_ga(batches: Any) -> None:
         config = dataclasses.replace(lora, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
         def step() -> None:
             for batch in batches:
-                on_device = {key: value.cuda() for key, value in batch.items()}
+                on_device = {key: value.to(device) for key, value in batch.items()}
                 model(**on_device, use_cache=False).loss.backward()
 
         preprocess_loraga(model, config, step)
@@ -123,52 +148,79 @@ def _programs(model: Any, lora: LoraConfig) -> dict[str, Callable[[Any], Any]]:
             for name in [name for name in vars(module) if name.startswith("_peft_loraga")]:
                 delattr(module, name)
 
-    return {
-        "peft lora_ga": lora_ga,
-        "lora_da robust, fixed scale": lambda batches: fixed.run(model, batches, lora).report,
-        "lora_da robust": lambda batches: robust.run(model, batches, lora).report,
-        "lora_da paper": lambda batches: paper.run(model, batches, lora).report,
-    }
+    def run_of(pipeline: Any) -> Callable[[Any], Any]:
+        return lambda batches: pipeline.run(model, batches, lora).report
+
+    return {REFERENCE: lora_ga, **{f"lora_da {name}": run_of(pipeline) for name, pipeline in pipelines.items()}}
 
 
 def _measured(program: Callable[[Any], Any], batches: Any) -> dict[str, Any]:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    torch.cuda.synchronize()
+    _cleaned()
+    wait()
     start = time.perf_counter()
     report = program(batches)
-    torch.cuda.synchronize()
-    row = {"seconds": time.perf_counter() - start, "peak_gib": torch.cuda.max_memory_allocated() / GIB}
+    wait()
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak_gib": _peak()}
     if report is not None:
+        solvers = [layer.solver for layer in report.layers]
         row["phases"] = dict(report.seconds)
         row["converged"] = sum(layer.converged for layer in report.layers)
         row["residual"] = max(layer.residual for layer in report.layers)
+        row["applies"] = statistics.median(layer.applies for layer in report.layers)
+        row["solvers"] = {name: solvers.count(name) for name in sorted(set(solvers))}
+        row["with_remedies"] = sum(bool(layer.remedies) for layer in report.layers)
     return row
+
+
+def _cleaned() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> float | None:
+    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
 def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-    return {**middle, "all_seconds": [run["seconds"] for run in runs], "spread": _spread(runs)}
+    return {**middle, "all_seconds": [run["seconds"] for run in runs]}
 
 
-def _spread(runs: list[dict[str, Any]]) -> float:
-    seconds = [run["seconds"] for run in runs]
-    return statistics.pstdev(seconds) / statistics.mean(seconds)
+def _check(model: Any, batches: Any, lora: LoraConfig, pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """A profiled solve, and its subspaces by other code: residuals of all layers, angles of some."""
+    _cleaned()
+    estimates = pipeline.estimate(model, batches, lora)
+    statistics_peak = _peak()
+    with timed(SOLVE) as spent:
+        result = pipeline.solve(estimates)
+    found: dict[str, Any] = {
+        "seconds_and_calls": {label: entry for label, entry in spent.items() if entry[1]},
+        "peak_gib_of_statistics": statistics_peak,
+        "peak_gib": _peak(),
+    }
+    for label, (seconds, calls) in found["seconds_and_calls"].items():
+        print(f"    {label:<40} {seconds:8.3f} s {calls:>6} calls", flush=True)
+    _cleaned()
+    residuals, angles = {}, {}
+    for spec in estimates.task.specs:
+        exact = ExactOmega.of(estimates, spec, pipeline.config)
+        basis = orthonormal_rows(result.factors[spec.name])
+        residuals[spec.name] = exact.residual(basis)
+        if _sampled(spec.name, options.layers):
+            angles[spec.name] = exact.angle(basis)
+            print(f"    {spec.name}: residual {residuals[spec.name]:.1e}, {angles[spec.name]}", flush=True)
+    worst = max(residuals, key=lambda name: residuals[name])
+    print(f"    worst residual {residuals[worst]:.1e} ({worst}); peaks {statistics_peak}, {found['peak_gib']} GiB")
+    return {**found, "worst_residual": residuals[worst], "worst_layer": worst, "angles": angles}
 
 
-def _check(model: Any, batches: Any, lora: LoraConfig) -> dict[str, float]:
-    """Largest sine between a solver's subspace and dense float64 eigh, on the first block's layers."""
-    config = lora_da_core.LoraDAConfig(scale="fixed")
-    some = dataclasses.replace(lora, target_modules=r".*layers\.0\..*(q|o|down)_proj")
-    automatic = lora_da_core.build_pipeline(config=config)
-    estimates = automatic.estimate(model, batches, some)
-    exact = lora_da_core.build_pipeline(solver="eigh", config=config).solve(estimates)
-    angles = {}
-    for name, pair in automatic.solve(estimates).factors.items():
-        ours, theirs = (torch.linalg.qr(p.A.double().mT)[0] for p in (pair, exact.factors[name]))
-        angles[name] = float(torch.linalg.matrix_norm(ours - theirs @ (theirs.mT @ ours), 2))
-    return angles
+def _sampled(name: str, layers: int) -> bool:
+    """Kinds of layers of order `hidden` in two blocks, and one of order `intermediate`, whose eigh takes longest."""
+    first, last = "layers.0.", f"layers.{layers - 1}."
+    kinds = ("q_proj", "o_proj", "gate_proj")
+    return ((first in name or last in name) and name.endswith(kinds)) or (last in name and name.endswith("down_proj"))
 
 
 if __name__ == "__main__":

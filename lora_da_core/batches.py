@@ -140,6 +140,55 @@ def spread(batches: Sequence[Batch], samples: int) -> list[Batch]:
     return taken
 
 
+_TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+"""What texts are lengthened with; tokens that neither the mask nor a label counts change no loss."""
+
+
+def joined(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Neighbouring batches of texts as one, padded on the right: an accelerator reads 16 short texts as fast as one.
+
+    Only batches of nothing but token ids, attention mask and a label for every token are joined, since of others it is
+    not known what padding means to the model.
+
+    Args:
+        batches: Any batches with labels.
+        tokens: How many tokens, padding included, a joined batch may have.
+
+    Returns:
+        The same samples in the same order.
+    """
+    found: list[Batch] = []
+    for batch in batches:
+        pair = [found[-1], batch] if found else []
+        if pair and all(_is_text(text) for text in pair) and _padded_size(pair) <= tokens:
+            found[-1] = _one_text_batch(pair)
+        else:
+            found.append(batch)
+    return found
+
+
+def _padded_size(texts: Sequence[Batch]) -> int:
+    shapes = [text["labels"].shape for text in texts]
+    return int(sum(samples for samples, _ in shapes) * max(length for _, length in shapes))
+
+
+def _is_text(batch: Batch) -> bool:
+    shape = batch["labels"].shape
+    return set(batch) == set(_TEXT_PADDING) and all(
+        isinstance(value, Tensor) and value.ndim == 2 and value.shape == shape for value in batch.values()
+    )
+
+
+def _one_text_batch(texts: Sequence[Batch]) -> Batch:
+    longest = max(text["labels"].shape[1] for text in texts)
+
+    def padded(text: Batch, key: str) -> Tensor:
+        missing = longest - text[key].shape[1]
+        return torch.nn.functional.pad(text[key], (0, missing), value=_TEXT_PADDING[key])
+
+    return {key: torch.cat([padded(text, key) for text in texts]) for key in _TEXT_PADDING}
+
+
 def divided(batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
     """Every `parts`-th sample to the same part, so that each holds long and short ones, however they are batched.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lora_da_core.batches import labelled_part, spread
+from lora_da_core.batches import joined, labelled_part, spread
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.omega import (
     DEFAULT_A_SCALE,
@@ -48,6 +48,9 @@ class Sizing:
     ) -> None:
         parts = [labelled_part(task.objective, batch) for batch in batches]
         chosen = spread([part for part in parts if part is not None], SEARCH_SAMPLES)
+        if task.device.type != "cpu":
+            # No more tokens at once than a pass with gradients had room for.
+            chosen = joined(chosen, max(part["labels"].numel() for part in parts if part is not None))
         self._probe = LowRankProbe(replace(task, changes={}), chosen)
         self._specs = {spec.name: spec for spec in task.specs}
         self._dtypes, self._on_progress = dtypes, on_progress

@@ -1,0 +1,210 @@
+"""What runs on accelerators alone, run on the CPU: Cholesky QR, products in float32, joined texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+import lora_da_core
+from conftest import make_batches, make_samples, make_tiny_llama
+from lora_da_core import LoraDAConfig
+from lora_da_core.batches import joined
+from lora_da_core.interfaces import Solver
+from lora_da_core.omega import Omega, omega
+from lora_da_core.operators import DenseMap
+from lora_da_core.solving import full_float32
+from lora_da_core.types import FisherStatistics, LayerSpec
+from lora_da_estimators import _factors
+from lora_da_estimators.kfac import Kfac, KfacOptions
+from lora_da_objectives.causal_lm import CausalLM
+from lora_da_solvers import _subspace
+from lora_da_solvers.davidson import Davidson
+from lora_da_solvers.lanczos import Lanczos
+from lora_da_solvers.randomized_svd import RandomizedSVD
+from spectra import SPECTRA
+
+SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
+    monkeypatch.setattr(_factors, "_narrows", lambda device: True)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def sine(ours: Tensor, theirs: Tensor) -> float:
+    """Sine of the largest angle between the spans of orthonormal columns."""
+    ours, theirs = ours.double(), theirs.double()
+    return float(torch.linalg.matrix_norm(ours - theirs @ (theirs.mT @ ours), 2))
+
+
+@pytest.mark.parametrize(("dtype", "condition"), [(torch.float32, 1e2), (torch.float64, 1e3)], ids=str)
+def test_cholesky_qr_spans_the_block_and_twice_is_orthonormal_to_rounding(dtype: torch.dtype, condition: float) -> None:
+    left, right = (torch.linalg.qr(torch.randn(3, n, 8, generator=generator(), dtype=torch.float64)).Q for n in (90, 8))
+    block = ((left * torch.logspace(0, -torch.log10(torch.tensor(condition)), 8)) @ right.mT).to(dtype)
+    first = _subspace.cholesky_qr(block)
+    assert first is not None
+    basis, pivots = first
+    expected = torch.linalg.qr(block.double()).R.diagonal(dim1=-2, dim2=-1).abs()
+    torch.testing.assert_close(pivots.double(), expected, rtol=1e-3, atol=0)
+    second = _subspace.cholesky_qr(basis)
+    assert second is not None
+    gram = second[0].mT.double() @ second[0].double()
+    assert float((gram - torch.eye(8, dtype=torch.float64)).abs().max()) < 20 * torch.finfo(dtype).eps
+    for ours, theirs in zip(second[0], left, strict=True):
+        assert sine(ours, theirs) < 10 * condition * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("spoil", ["repeated", "zero", "nan"])
+def test_cholesky_qr_refuses_a_batch_with_a_deficient_block(spoil: str) -> None:
+    block = torch.randn(2, 30, 4, generator=generator(), dtype=torch.float64)
+    block[1, :, 2] = {"repeated": block[1, :, 0] * (1 + 1e-9), "zero": 0.0, "nan": torch.nan}[spoil]
+    assert _subspace.cholesky_qr(block) is None
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spectrum", ["power_law", "clustered", "rank_deficient", "batch_of_scales", "zero"])
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda cls: cls.name)
+def test_solvers_find_the_objective_with_cholesky_qr(
+    solver: type[Solver[Any]], spectrum: str, dtype: torch.dtype
+) -> None:
+    chosen = SPECTRA[spectrum]
+    operator = chosen.build(dtype)
+    result = solver(solver.Options()).smallest(operator, chosen.rank, generator=generator())
+    values = torch.linalg.eigvalsh(operator.to_dense().double())
+    norm = values.abs().amax(-1)
+    tolerance = max(solver.Options().tolerance, 5e-6 if dtype == torch.float32 else 0.0)
+    assert bool(result.converged.all())
+    vectors = result.vectors.double()
+    projected = (vectors.mT @ operator.to_dense().double() @ vectors).diagonal(dim1=-2, dim2=-1).sum(-1)
+    excess = projected - values[..., : chosen.rank].sum(-1)
+    assert bool((excess <= 2 * chosen.rank * tolerance * norm).all())
+
+
+def kfac_omega(condition: float, output: str = "diagonal", size: int = 400) -> Omega:
+    """Ω of a layer whose damped Z has about that condition."""
+    source, out = generator(), 300
+    inputs = torch.randn(4 * size, size, generator=source) * torch.logspace(0, -0.5 * condition, size)
+    grads = torch.randn(4 * size, out, generator=source)
+    sums = grads.mT @ grads if output == "full" else grads.square().sum(0)
+    layer = {"second_moment" if output == "full" else "squares": sums}
+    spec = LayerSpec("layer", "linear", size, out, 8, 1.0)
+    statistics = FisherStatistics(spec, {"second_moment": inputs.mT @ inputs}, layer, 64, 4 * size)
+    fisher = Kfac(KfacOptions(output=output)).fisher(  # type: ignore[arg-type]
+        statistics, damping=1e-12, damping_kind="absolute", fisher_scale="token_mean"
+    )
+    gradient = DenseMap(grads.mT @ inputs / 64)
+    return omega(fisher.step(gradient), fisher.inverse_input_trace(), alpha=1.0, beta_over_n=1e-4)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("output", ["diagonal", "full"])
+def test_products_of_well_conditioned_factors_are_float32_and_give_the_float64_subspace(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = kfac_omega(1.0, output)
+    assert narrow.dtype == torch.float32 and {term.dtype for term in narrow.terms} == {torch.float32}
+    monkeypatch.setattr(_factors, "_narrows", lambda device: False)
+    values, vectors = torch.linalg.eigh(kfac_omega(1.0, output).to_dense())
+    found = Lanczos(Lanczos.Options()).smallest(narrow, 8, generator=generator())
+    gap = float((values[8] - values[7]) / values.abs().max())
+    assert bool(found.converged) and gap > 1e-4
+    assert sine(found.vectors, vectors[:, :8]) < 2e-5 / gap
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_products_of_ill_conditioned_factors_stay_in_float64() -> None:
+    wide = kfac_omega(6.0)
+    assert wide.dtype == torch.float64 and {term.dtype for term in wide.terms} == {torch.float64}
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_narrow_input_factor_beside_a_wide_output_factor_is_widened_by_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    narrowest = _factors.narrowest_dtype
+    monkeypatch.setattr(_factors, "narrowest_dtype", lambda m, i: torch.float64 if len(m) == 300 else narrowest(m, i))
+    mixed = kfac_omega(1.0, "full")
+    assert {term.dtype for term in mixed.terms} == {torch.float64}
+    block = torch.randn(400, 3, generator=generator(), dtype=torch.float64)
+    dense = mixed.to_dense()
+    assert dense.dtype == torch.float64
+    torch.testing.assert_close(mixed.matmat(block), dense @ block, rtol=1e-4, atol=1e-6 * float(dense.norm()))
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_preconditioner_of_a_narrow_factor_inverts_the_shifted_operator() -> None:
+    variance = kfac_omega(1.0).variance
+    assert variance is not None
+    apply = variance.preconditioner(2.0)
+    assert apply is not None
+    block = torch.randn(400, 3, generator=generator())
+    shifted = variance.to_dense().double() + 2.0 * torch.eye(400, dtype=torch.float64)
+    assert apply(block).dtype == torch.float32
+    torch.testing.assert_close(apply(block).double(), torch.linalg.solve(shifted, block.double()), rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_gives_the_same_subspaces_either_way(accelerator: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = make_batches(make_samples(12))
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    pipeline = lora_da_core.build_pipeline(solver="lanczos", config=LoraDAConfig(scale="fixed", damping=1.0))
+    narrow = pipeline.run(make_tiny_llama(), batches, lora)
+    monkeypatch.setattr(_factors, "_narrows", lambda device: False)
+    monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: False)
+    wide = pipeline.run(make_tiny_llama(), batches, lora)
+    clear = 0
+    for report in wide.report.layers:
+        scale = max(abs(value) for value in report.ritz_values)
+        if report.gap < 1e-2 * scale:
+            continue
+        clear += 1
+        bases = [torch.linalg.qr(run.factors[report.name].A.double().mT).Q for run in (narrow, wide)]
+        assert sine(*bases) < 1e-3, report.name
+    assert clear >= 4
+
+
+def test_joined_texts_have_the_losses_they_had_apart() -> None:
+    model, objective = make_tiny_llama(torch.float64), CausalLM(CausalLM.Options())
+    samples = make_samples(12)
+    apart = make_batches(samples, 1)
+    together = joined(apart, tokens=40)
+    assert 1 < len(together) < len(apart)
+    assert max(batch["labels"].numel() for batch in together) <= 40
+    with torch.no_grad():
+        expected, found = (torch.cat([objective.losses(model, batch) for batch in b]) for b in (apart, together))
+    torch.testing.assert_close(found, expected)
+
+
+def test_batches_that_are_more_than_texts_are_not_joined() -> None:
+    text = make_batches(make_samples(1), 1)[0]
+    images = {"pixel_values": torch.zeros(1, 3, 8, 8), "labels": torch.zeros(1, dtype=torch.int64)}
+    pooled = {**text, "labels": torch.zeros(1, dtype=torch.int64)}
+    positioned = {**text, "position_ids": text["input_ids"]}
+    for other in (images, pooled, positioned):
+        assert [list(batch) for batch in joined([text, other, other, text], tokens=10**6)] == [
+            list(text),
+            list(other),
+            list(other),
+            list(text),
+        ]
+
+
+def test_tf32_is_off_for_solves_and_on_again_after_a_failure() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(KeyError), full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
