@@ -10,6 +10,21 @@ import torch
 from lora_da_core.errors import LoraDAError, PluginError
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on an accelerator or on the host.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        True for torch's own error, Python's, and the RuntimeError that torch's allocator for the CPU raises.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+
+
 @contextlib.contextmanager
 def blamed(component: str, place: str = "") -> Iterator[None]:
     """Raises a `PluginError` in the place of whatever the block raises; our own errors and out-of-memory pass.
@@ -23,7 +38,9 @@ def blamed(component: str, place: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (LoraDAError, torch.OutOfMemoryError):
+    except LoraDAError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise PluginError(f"{component} raised{place}: {type(error).__name__}: {error}") from error

@@ -79,7 +79,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class CaptureTask:
-    """What to run: the model, the layers' modules by name, and the components that define the statistics."""
+    """What to run: the model, the layers' modules by name, and the components that define the statistics.
+
+    Statistics are taken of `specs`, which may be some of the modules only: a pass of several.
+    """
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
@@ -208,7 +211,7 @@ class _Run:
             tokens = self._batch
             if change is not None:
                 output = with_change(output, args[0], change)
-            if tokens is None or not args:
+            if tokens is None or not args or name not in self.specs:
                 return output
             if self.task.needs_backward and not torch.is_grad_enabled():
                 return output
@@ -282,8 +285,7 @@ class _Run:
                     )
                 if not bool(losses.isfinite().all()):
                     raise self._not_finite(losses_of, losses, number)
-                if self.task.needs_backward:
-                    self._check_graph(losses)
+                if self.task.needs_backward and self._has_graph(losses):
                     losses.sum().backward()  # type: ignore[no-untyped-call]
             for name in list(self._batch.waiting):
                 self._flush(name)
@@ -292,10 +294,13 @@ class _Run:
         finally:
             self._batch = None
 
-    def _check_graph(self, losses: Tensor) -> None:
+    def _has_graph(self, losses: Tensor) -> bool:
         assert self._batch is not None
         if losses.requires_grad:
-            return
+            return True
+        if not self._batch.uses and len(self.specs) < len(self.task.modules):
+            # The layers of other passes may have run: experts do not see every batch.
+            return False
         if not self._batch.uses:
             raise TargetError(f"no targeted layer ran in batch {self._number}; give data that reaches them.")
         raise PluginError(

@@ -222,6 +222,15 @@ class InitOptions:
             metavar="auto|float32|bfloat16|float16|float64",
         ),
     ] = "auto"
+    layers_per_pass: Annotated[
+        int | None,
+        _preset(
+            _RUN,
+            "How many layers at most have their statistics in memory at a time; each such part costs passes over the "
+            "data of its own.",
+            "layers_per_pass",
+        ),
+    ] = None
     seed: Annotated[int, _option(_RUN, "Seed of every random number.")] = 0
     trust_remote_code: Annotated[bool, _option(_RUN, "Run code that comes with the model.", "--trust-remote-code")] = (
         False

@@ -37,6 +37,9 @@ class LoraDAConfig:
         damping: Damping ≥ 0 of the Fisher.
         damping_kind: `"relative"` to the Fisher's mean diagonal, or `"absolute"`.
         fisher_scale: Whether K-FAC's Y is the mean over tokens or the sum over a sample's tokens.
+        layers_per_pass: How many layers at most have their statistics in memory at a time: each such part is estimated
+            in passes of its own, solved and freed. Layers of one input stay together. `"auto"` takes all of them, or as
+            many as a run's `max_memory` allows.
         samples: Number of samples to read; None reads every batch.
         seed: Seed of every random number.
         unconverged: What to do where a solver misses its tolerance: `"fallback"` to dense eigh, `"warn"` or
@@ -59,6 +62,7 @@ class LoraDAConfig:
     damping: float = 100.0
     damping_kind: DampingKind = "relative"
     fisher_scale: FisherScale = "token_mean"
+    layers_per_pass: int | Literal["auto"] = "auto"
     samples: int | None = None
     seed: int = 0
     unconverged: Literal["fallback", "warn", "error"] = "fallback"
@@ -80,6 +84,8 @@ class LoraDAConfig:
             value = getattr(self, name)
             if (value is not None or name in ("seed", "rounds")) and not _is_whole(value, least):
                 raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}, below 2**63.")
+        if self.layers_per_pass != "auto" and not _is_whole(self.layers_per_pass, 1):
+            raise OptionError(f"layers_per_pass is {self.layers_per_pass!r}; it must be 'auto' or at least 1.")
         if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):
             raise OptionError(f"gamma is {self.gamma!r}; it must be a number above 0, or left out.")
         if not isinstance(self.normalize, bool):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_da_core import capture
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress, Statistics
-from lora_da_core.errors import DataError, LoraDAError, PluginError
+from lora_da_core.errors import DataError, PluginError
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.types import Batch, LayerSpec
@@ -87,11 +87,31 @@ class Estimates:
         return blamed(self._named, f" on layer {spec.name}")
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a run is to estimate; nothing of it has been read yet.
+
+    Attributes:
+        task: Model, modules, all layers and components.
+        batches: The batches of the first round.
+        notes: What was assumed or is doubtful.
+        later: The batches of further rounds, round by round.
+        unseen: Batches that nothing is estimated from, for the line search; may be empty.
+    """
+
+    task: CaptureTask
+    batches: Sequence[Batch]
+    notes: tuple[str, ...]
+    later: Sequence[Sequence[Batch]] = ()
+    unseen: Sequence[Batch] = ()
+
+
 def estimate(
     task: CaptureTask,
     batches: Sequence[Batch],
     seed: int,
     on_progress: Progress | None = None,
+    gradient_sums: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Estimates:
     """Runs every pass over the data and makes the gradients.
 
@@ -100,6 +120,7 @@ def estimate(
         batches: The batches.
         seed: Of labels and directions that are drawn.
         on_progress: Told of every batch.
+        gradient_sums: What `forward_gradients` gave, for a gradient that comes from forward passes; None makes it here.
 
     Returns:
         The estimates; the model is left as found.
@@ -112,11 +133,34 @@ def estimate(
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
     notes = check_tokens(task.specs, statistics)
-    gradient_sums = _gradient_sums(task, batches, statistics, seed)
+    if task.gradient.forward_only:
+        gradient_sums = forward_gradients(task, batches, seed) if gradient_sums is None else gradient_sums
+    else:
+        taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+        gradient_sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
     seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
     for note in notes:
         logger.warning("%s", note)
     return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
+
+
+def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) -> dict[str, dict[str, Tensor]]:
+    """What a gradient estimator that needs no backward pass finds; all layers at once, since it moves all together.
+
+    Args:
+        task: Model, modules and components.
+        batches: The batches.
+        seed: Of directions that are drawn.
+
+    Returns:
+        The gradient's statistics by layer.
+
+    Raises:
+        PluginError: The estimator raised.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with blamed(_named_gradient(task)), LowRankProbe(task, batches) as probe:
+        return task.gradient.estimate(probe, task.specs, generator=generator)
 
 
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:
@@ -168,19 +212,3 @@ def sample_notes(counts: Tensor) -> list[str]:
 
 def _named_gradient(task: CaptureTask) -> str:
     return f"gradient {task.gradient.name!r} ({task.origins.get('gradient', 'unknown distribution')})"
-
-
-def _gradient_sums(
-    task: CaptureTask, batches: Sequence[Batch], statistics: Statistics, seed: int
-) -> dict[str, dict[str, Tensor]]:
-    if task.gradient.forward_only:
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            with LowRankProbe(task, batches) as probe:
-                return task.gradient.estimate(probe, task.specs, generator=generator)
-        except (LoraDAError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            raise PluginError(f"{_named_gradient(task)} raised: {type(error).__name__}: {error}") from error
-    taps = {name: layer.gradient for name, layer in statistics.layers.items()}
-    return {name: tap.statistics() for name, tap in taps.items() if tap is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 import time
@@ -13,12 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.capture import Progress
+from lora_da_core.blame import is_out_of_memory
+from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.estimation import Estimates, estimate
+from lora_da_core.errors import LoraDAError
+from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients
 from lora_da_core.omega import WeightStep, fixed_factors, unit_step
-from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.operators import accumulation_dtype
+from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import Sizing
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
@@ -31,10 +35,23 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True)
 class _Round:
-    """One estimation and what was solved from it."""
+    """What one round of estimation came to; the statistics themselves may be gone."""
 
-    estimates: Estimates
     solutions: Mapping[str, LayerSolution]
+    tokens: Mapping[str, int]
+    gradient: Mapping[str, Mapping[str, float]]
+    samples: int
+    label_tokens: int
+    loss_sum: float
+
+    def with_layers_of(self, other: _Round) -> _Round:
+        """The layers of both; they come from the same samples."""
+        return replace(
+            self,
+            solutions={**self.solutions, **other.solutions},
+            tokens={**self.tokens, **other.tokens},
+            gradient={**self.gradient, **other.gradient},
+        )
 
 
 class Finish:
@@ -54,9 +71,11 @@ class Finish:
         self.on_progress = on_progress
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self._parts: list[Names] = []
+        self._replanned = False
 
-    def result(self, estimates: Estimates, specs: Sequence[LayerSpec]) -> LoraDAResult:
-        """All phases in order.
+    def solved_again(self, estimates: Estimates, specs: Sequence[LayerSpec]) -> LoraDAResult:
+        """All phases after the first round's estimation.
 
         Args:
             estimates: Of the first round.
@@ -65,13 +84,39 @@ class Finish:
         Returns:
             The factors and the report.
         """
-        self.notes, self.seconds = [*estimates.notes], dict(estimates.seconds)
-        first = replace(estimates, task=replace(estimates.task, specs=specs))
-        dtypes = {spec.name: _factor_dtype(first.task.modules[spec.name]) for spec in specs}
+        task = replace(estimates.task, specs=specs)
+        job = Job(task, estimates.batches, estimates.notes, estimates.later, estimates.unseen)
+        self._start(job, [[spec.name for spec in specs]])
+        self._count(estimates.seconds)
+        return self._result(job, self._solved(replace(estimates, task=task)))
+
+    def result(self, job: Job, parts: Sequence[Names]) -> LoraDAResult:
+        """All phases in order.
+
+        Args:
+            job: What is estimated.
+            parts: The layers whose statistics are taken, solved and freed before those of the next are taken.
+
+        Returns:
+            The factors and the report.
+
+        Raises:
+            LoraDAError: Memory ran out, and again with half as many layers at a time.
+        """
+        self._start(job, parts)
+        return self._result(job, self._round(job.task, job.batches, 0))
+
+    def _start(self, job: Job, parts: Sequence[Names]) -> None:
+        self.notes, self.seconds = [*job.notes], {}
+        self._parts, self._replanned = list(parts), False
+
+    def _result(self, job: Job, first: _Round) -> LoraDAResult:
+        specs = job.task.specs
+        dtypes = {spec.name: _factor_dtype(job.task.modules[spec.name]) for spec in specs}
         if self.config.automatic_scale:
-            rounds, factors, scale = self._searched(first, dtypes)
+            rounds, factors, scale = self._searched(job, first, dtypes)
         else:
-            rounds, gamma = [self._solved(first)], self.config.fixed_gamma
+            rounds, gamma = [first], self.config.fixed_gamma
             spaces = {name: solution.subspace for name, solution in rounds[0].solutions.items()}
             factors = self._timed("scale", lambda: {n: fixed_factors(s, gamma, dtypes[n]) for n, s in spaces.items()})
             scale = {"gamma": gamma}
@@ -79,25 +124,25 @@ class Finish:
         for report in reports:
             for fault in self.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
-        return LoraDAResult(factors, self._report(reports, rounds, scale))
+        return LoraDAResult(factors, self._report(job, reports, rounds, scale))
 
     def _searched(
-        self, estimates: Estimates, dtypes: Mapping[str, torch.dtype]
+        self, job: Job, first: _Round, dtypes: Mapping[str, torch.dtype]
     ) -> tuple[list[_Round], dict[str, LoraFactors], dict[str, Any]]:
         """Round by round: estimate where the steps so far lead, solve, and go as far along the solution as pays."""
         rounds: list[_Round] = []
         searches: list[dict[str, Any]] = []
         steps: dict[str, WeightStep] = {}
-        unseen = any(bool((estimates.task.objective.label_counts(batch) > 0).any()) for batch in estimates.unseen)
+        unseen = any(bool((job.task.objective.label_counts(batch) > 0).any()) for batch in job.unseen)
         if not unseen:
             # How it was done rather than something to worry about: not logged.
             self.notes.append(
                 "the step was sized on samples that it was estimated from: none are left beyond `samples`"
             )
-        for number, part in enumerate([estimates.batches, *estimates.later]):
-            sizing = Sizing(estimates.task, estimates.unseen if unseen else part, dtypes, self.on_progress)
-            found = self._again(estimates, number, part, sizing.changes(steps)) if number else estimates
-            rounds.append(self._solved(found))
+        for number, part in enumerate([job.batches, *job.later]):
+            sizing = Sizing(job.task, job.unseen if unseen else part, dtypes, self.on_progress)
+            task = replace(job.task, changes=sizing.changes(steps))
+            rounds.append(self._round(task, part, number) if number else first)
             solutions = rounds[-1].solutions
             direction = {n: unit_step(each.subspace, self.config.spectrum) for n, each in solutions.items()}
             search, steps = self._timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d))  # type: ignore[misc]
@@ -108,19 +153,80 @@ class Finish:
         earlier = {"earlier": searches[:-1]} if len(searches) > 1 else {}
         return rounds, factors, {**searches[-1], **earlier}
 
-    def _again(
-        self, first: Estimates, number: int, batches: Sequence[Batch], changes: Mapping[str, LinearMap]
-    ) -> Estimates:
-        task = replace(first.task, changes=changes)
-        found = estimate(task, batches, self.config.seed + number, self.on_progress)
-        for phase, seconds in found.seconds.items():
-            self.seconds[phase] += seconds
-        self.notes += [note for note in found.notes if note not in self.notes]
-        return found
+    def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> _Round:
+        """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
+        seed, gradients = self.config.seed + number, None
+        if task.gradient.forward_only:
+            gradients = self._timed("gradient", lambda: forward_gradients(task, batches, seed))
+        found: list[_Round] = []
+        done: list[Names] = []
+        left: Sequence[Names] = self._parts
+        while left:
+            try:
+                found.append(self._part(task, batches, seed, left[0], gradients))
+                done, left = [*done, left[0]], left[1:]
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            # Only here, where the error no longer holds what the attempt had in memory.
+            left = self._halved(task, batches, left, reason)
+        self._parts = done
+        return functools.reduce(_Round.with_layers_of, found)
+
+    def _part(
+        self,
+        task: CaptureTask,
+        batches: Sequence[Batch],
+        seed: int,
+        names: Names,
+        gradients: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> _Round:
+        wanted = set(names)
+        part = replace(task, specs=[spec for spec in task.specs if spec.name in wanted])
+        estimates = estimate(part, batches, seed, self.on_progress, gradients)
+        self._count(estimates.seconds)
+        self.notes += [note for note in estimates.notes if note not in self.notes]
+        return self._solved(estimates)
+
+    def _halved(
+        self, task: CaptureTask, batches: Sequence[Batch], left: Sequence[Names], reason: str
+    ) -> Sequence[Names]:
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(map(len, left))
+        parts = [] if self._replanned else halved(left, input_groups(task, batches))
+        if len(parts) <= len(left):
+            again = " again, with half as many layers at a time" if self._replanned else ""
+            raise LoraDAError(
+                f"memory ran out{again} while the statistics of {len(left[0])} layers were taken and solved. Give "
+                "smaller batches, shorter samples, a smaller layers_per_pass, or an estimator with smaller "
+                f"statistics. {reason}"
+            )
+        self._replanned = True
+        self._note(
+            f"memory ran out with {largest} layers in a pass; started again with at most {max(map(len, parts))} "
+            f"({reason.splitlines()[0]})"
+        )
+        return parts
+
+    def _count(self, seconds: Mapping[str, float]) -> None:
+        for phase, more in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
 
     def _solved(self, estimates: Estimates) -> _Round:
         with full_float32():
-            return _Round(estimates, self._timed("solve", lambda: self._solutions(estimates)))
+            solutions = self._timed("solve", lambda: self._solutions(estimates))
+        sums, specs = estimates.statistics, estimates.task.specs
+        return _Round(
+            solutions=solutions,
+            tokens={spec.name: sums.layers[spec.name].tokens for spec in specs},
+            gradient={spec.name: estimates.diagnostics(spec) for spec in specs},
+            samples=sums.samples,
+            label_tokens=sums.label_tokens,
+            loss_sum=sums.loss_sum,
+        )
 
     def _solutions(self, estimates: Estimates) -> dict[str, LayerSolution]:
         parts, statistics = self.components, estimates.statistics
@@ -130,7 +236,7 @@ class Finish:
         waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
 
         def flush(alike: list[PreparedLayer]) -> None:
-            found = solver.solve(alike, self._population(estimates))
+            found = solver.solve(alike, self._population(statistics.samples))
             solutions.update({layer.spec.name: solution for layer, solution in zip(alike, found, strict=True)})
             alike.clear()
             if self.on_progress is not None:
@@ -156,10 +262,10 @@ class Finish:
                 flush(alike)
         return solutions
 
-    def _population(self, estimates: Estimates) -> int:
+    def _population(self, samples: int) -> int:
         if self.config.population is not None:
             return self.config.population
-        return estimates.statistics.samples * self.config.rounds
+        return samples * self.config.rounds
 
     def _layer_report(self, spec: LayerSpec, last: _Round, pair: LoraFactors) -> LayerReport:
         from lora_da_core.adapter import digest
@@ -170,7 +276,7 @@ class Finish:
             in_features=spec.in_features,
             out_features=spec.out_features,
             rank=spec.rank,
-            tokens=last.estimates.statistics.layers[spec.name].tokens,
+            tokens=last.tokens[spec.name],
             sigma=solution.sigma,
             ritz_values=solution.values,
             gap=solution.gap,
@@ -180,31 +286,31 @@ class Finish:
             applies=solution.applies,
             damping=solution.damping,
             remedies=solution.remedies,
-            gradient=last.estimates.diagnostics(spec),
+            gradient=last.gradient[spec.name],
             seconds=solution.seconds,
             digest_A=digest(pair.A),
             digest_B=digest(pair.B),
         )
 
-    def _report(self, layers: Sequence[LayerReport], rounds: Sequence[_Round], scale: Mapping[str, Any]) -> RunReport:
+    def _report(
+        self, job: Job, layers: Sequence[LayerReport], rounds: Sequence[_Round], scale: Mapping[str, Any]
+    ) -> RunReport:
         from lora_da_core import adapter
 
-        statistics = [each.estimates.statistics for each in rounds]
-        first = rounds[0].estimates
         packages = ("lora-da-core", "torch", "transformers", "peft")
         return RunReport(
             layers=tuple(layers),
             components=self.components.names(),
             options=self.components.options(),
-            config=asdict(replace(self.config, population=self._population(first))),
-            samples=sum(each.samples for each in statistics),
-            label_tokens=sum(each.label_tokens for each in statistics),
-            loss=statistics[0].loss_sum / statistics[0].samples,
+            config=asdict(replace(self.config, population=self._population(rounds[0].samples))),
+            samples=sum(each.samples for each in rounds),
+            label_tokens=sum(each.label_tokens for each in rounds),
+            loss=rounds[0].loss_sum / rounds[0].samples,
             scale=dict(scale),
             seconds=dict(self.seconds),
             notes=tuple(self.notes),
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
-            base=adapter.fingerprint(first.task.model),
+            base=adapter.fingerprint(job.task.model),
         )
 
     def _timed(self, phase: str, work: Callable[[], Outcome]) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.estimation import Estimates, check_tokens, estimate, sample_notes
+from lora_da_core.estimation import Estimates, Job, check_tokens, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
+from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LoraDAResult
@@ -117,10 +118,22 @@ class Pipeline:
         Raises:
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
-        estimates = self.estimate(
-            model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
-        )
-        return self.solve(estimates, on_progress=on_progress)
+        if cache_dir is not None:
+            if self.config.layers_per_pass != "auto":
+                raise OptionError(
+                    "statistics that are freed part by part cannot be kept: leave out cache_dir or layers_per_pass."
+                )
+            estimates = self.estimate(
+                model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
+            )
+            return self.solve(estimates, on_progress=on_progress)
+        job = self._job(model, batches, peft_config, adapter_name)
+        most = self.config.layers_per_pass
+        if most == "auto" or most >= len(job.task.specs):
+            parts: Sequence[Names] = [[spec.name for spec in job.task.specs]]
+        else:
+            parts = divided_layers(input_groups(job.task, job.batches), most)
+        return Finish(self.registry, self.components, self.config, on_progress).result(job, parts)
 
     def estimate(
         self,
@@ -133,6 +146,8 @@ class Pipeline:
         cache_dir: Path | str | None = None,
     ) -> Estimates:
         """The first half of `run`: the passes over the data, whose sums serve any solver, rank, α, β, damping, scale.
+
+        The statistics of all layers are kept, whatever `layers_per_pass` says: `run` alone can free them part by part.
 
         Args:
             model: As `run` takes it.
@@ -154,6 +169,21 @@ class Pipeline:
         cache = None if cache_dir is None else StatisticsCache(Path(cache_dir))
         if cache is not None:
             cache.check()
+        job = self._job(model, batches, peft_config, adapter_name)
+        task, first = job.task, job.batches
+        compute = partial(estimate, task, first, self.config.seed, on_progress)
+        if cache is None:
+            found = compute()
+        else:
+            identity = Identity.of(task, first, seed=self.config.seed, base=adapter.fingerprint(task.model))
+            found = cache.estimates(identity, task, first, compute)
+        return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)
+
+    def _job(
+        self, model: nn.Module, batches: Iterable[Batch], peft_config: LoraConfig | None, adapter_name: str
+    ) -> Job:
+        from lora_da_core import adapter
+
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
@@ -170,16 +200,10 @@ class Pipeline:
             origins=self.components.origins(self.registry),
         )
         first, *later = divided(taken, self.config.rounds)
-        notes = [*targets.notes, *sample_notes(counts)]
+        notes = (*targets.notes, *sample_notes(counts))
         for note in notes:
             logger.warning("%s", note)
-        compute = partial(estimate, task, first, self.config.seed, on_progress)
-        if cache is None:
-            found = compute()
-        else:
-            identity = Identity.of(task, first, seed=self.config.seed, base=adapter.fingerprint(task.model))
-            found = cache.estimates(identity, task, first, compute)
-        return replace(found, notes=(*notes, *found.notes), later=later, unseen=unseen)
+        return Job(task, first, notes, later, unseen)
 
     def solve(
         self, estimates: Estimates, peft_config: LoraConfig | None = None, *, on_progress: Progress | None = None
@@ -219,7 +243,7 @@ class Pipeline:
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
         check_tokens(specs, estimates.statistics)
-        return Finish(self.registry, self.components, self.config, on_progress).result(estimates, specs)
+        return Finish(self.registry, self.components, self.config, on_progress).solved_again(estimates, specs)
 
 
 def get_lora_da_model(

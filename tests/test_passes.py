@@ -1,0 +1,181 @@
+"""Runs in several passes: the same factors as in one, and less memory; what happens where memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import lora_da_core
+from conftest import make_batches, make_samples, make_tiny_llama
+from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, capture, finish
+from lora_da_core.passes import divided_layers, halved
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+FIXED = LoraDAConfig(gamma=64.0)
+Component = str | tuple[str, dict[str, Any]]
+
+
+def run(layers_per_pass: Any = "auto", model: nn.Module | None = None, **parts: Any) -> LoraDAResult:
+    config = dataclasses.replace(parts.pop("config", FIXED), layers_per_pass=layers_per_pass)
+    pipeline = lora_da_core.build_pipeline(config=config, **parts)
+    return pipeline.run(model or make_tiny_llama(), make_batches(make_samples()), LORA)
+
+
+def assert_same(one: LoraDAResult, other: LoraDAResult) -> None:
+    assert list(one.factors) == list(other.factors)
+    for name, pair in one.factors.items():
+        assert torch.equal(pair.A, other.factors[name].A) and torch.equal(pair.B, other.factors[name].B), name
+    for mine, theirs in zip(one.report.layers, other.report.layers, strict=True):
+        assert dataclasses.replace(mine, seconds=0.0) == dataclasses.replace(theirs, seconds=0.0)
+    for entry in ("samples", "label_tokens", "loss"):
+        assert getattr(one.report, entry) == getattr(other.report, entry)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "gradient"),
+    [
+        ("kfac", "full"),
+        (("kfac", {"labels": "sampled"}), "full"),
+        ("ekfac", "full"),
+        ("diagonal", "full"),
+        ("empirical", "full"),
+        ("identity", "full"),
+        ("sketched", "full"),
+        ("kfac", "sketched"),
+        ("kfac", "zeroth_order"),
+    ],
+)
+def test_factors_are_those_of_one_pass(estimator: Component, gradient: Component) -> None:
+    parts = {"estimator": estimator, "gradient": gradient}
+    assert_same(run(5, **parts), run(**parts))
+
+
+def test_several_rounds_with_a_line_search_come_out_the_same() -> None:
+    assert_same(run(4, config=LoraDAConfig(rounds=2)), run(config=LoraDAConfig(rounds=2)))
+
+
+def test_statistics_of_a_part_are_gone_before_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[capture.Statistics]] = []
+    sizes: list[int] = []
+    collect = capture.collect
+
+    def watched(task: capture.CaptureTask, *args: Any, **settings: Any) -> capture.Statistics:
+        gc.collect()
+        assert not any(each() for each in alive)
+        found = collect(task, *args, **settings)
+        alive.append(weakref.ref(found))
+        sizes.append(len(found.layers))
+        return found
+
+    monkeypatch.setattr(capture, "collect", watched)
+    run(4)
+    # q, k, v and gate, up share an input: no pass divides them.
+    assert sizes == [4, 3, 4, 3]
+
+
+def test_nothing_before_the_first_layer_of_a_pass_is_in_the_graph() -> None:
+    model, seen = make_tiny_llama(), []
+    early = model.get_submodule("model.layers.0.mlp.down_proj")
+    handle = early.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
+    config = dataclasses.replace(FIXED, layers_per_pass=7)
+    lora_da_core.build_pipeline(config=config).run(model, make_batches(make_samples()), LORA)
+    handle.remove()
+    half = len(seen) // 2
+    assert any(seen[:half]) and not any(seen[-half + 1 :])
+
+
+class Shortage:
+    """Raises where a part has more layers than there is memory for."""
+
+    def __init__(self, most: int, error: Exception) -> None:
+        self.most, self.error = most, error
+        self.sizes: list[int] = []
+        self._estimate = finish.estimate
+
+    def __call__(self, task: capture.CaptureTask, *args: Any, **settings: Any) -> Any:
+        self.sizes.append(len(task.specs))
+        if len(task.specs) > self.most:
+            raise self.error
+        return self._estimate(task, *args, **settings)
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    MemoryError(),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_where_memory_runs_out_passes_are_halved_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    expected = run()
+    shortage = Shortage(7, error)
+    monkeypatch.setattr(finish, "estimate", shortage)
+    found = run()
+    assert shortage.sizes == [14, 7, 7]
+    assert_same(found, expected)
+    (note,) = [note for note in found.report.notes if "memory ran out" in note]
+    assert "14 layers in a pass; started again with at most 7" in note
+
+
+def test_a_second_shortage_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "estimate", Shortage(3, MemoryError()))
+    with pytest.raises(LoraDAError, match=r"memory ran out again.*7 layers.*smaller batches.*layers_per_pass"):
+        run()
+
+
+def test_a_pass_that_cannot_be_divided_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "estimate", Shortage(0, MemoryError()))
+    with pytest.raises(LoraDAError, match="memory ran out while the statistics of 3 layers"):
+        run(1)
+
+
+def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "estimate", Shortage(0, RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run()
+
+
+def test_a_shortage_within_a_pass_leaves_the_model_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_llama().train()
+    before = [(module.training, len(module._forward_hooks)) for module in model.modules()]
+    failures = iter([MemoryError()])
+    update = capture._Run._accumulate
+
+    def failing(*args: Any) -> None:
+        for error in failures:
+            raise error
+        update(*args)
+
+    monkeypatch.setattr(capture._Run, "_accumulate", failing)
+    found = run(model=model)
+    assert any("memory ran out" in note for note in found.report.notes)
+    assert [(module.training, len(module._forward_hooks)) for module in model.modules()] == before
+    monkeypatch.undo()
+    assert_same(found, run())
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "all", None, True])
+def test_a_senseless_number_of_layers_is_refused(value: Any) -> None:
+    with pytest.raises(OptionError, match="layers_per_pass is"):
+        LoraDAConfig(layers_per_pass=value)
+
+
+def test_what_is_freed_cannot_be_kept(tmp_path: Any) -> None:
+    pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, layers_per_pass=2))
+    with pytest.raises(OptionError, match="cache_dir or layers_per_pass"):
+        pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA, cache_dir=tmp_path)
+
+
+def test_groups_stay_whole() -> None:
+    groups = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
+    assert divided_layers(groups, 1) == groups
+    assert divided_layers(groups, 4) == [["q", "k", "v", "o"], ["gate", "up", "down"]]
+    assert halved([["q", "k", "v", "o"], ["gate", "up"]], groups) == [["q", "k", "v"], ["o"], ["gate", "up"]]
