@@ -180,7 +180,14 @@ def _init(options: InitOptions) -> None:
         for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
     ]
     with shown_progress(log) as on_progress:
-        result = pipeline.run(loaded.model, batches, lora, on_progress=on_progress, cache_dir=options.cache_dir)
+        result = pipeline.run(
+            loaded.model,
+            batches,
+            lora,
+            on_progress=on_progress,
+            cache_dir=options.cache_dir,
+            max_memory=options.max_memory,
+        )
     report = replace(result.report, notes=(*notes, *result.report.notes))
     peft_model = adapter.apply(loaded.model, lora, result.factors)
     storage.save_run(

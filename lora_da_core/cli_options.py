@@ -222,6 +222,16 @@ class InitOptions:
             metavar="auto|float32|bfloat16|float16|float64",
         ),
     ] = "auto"
+    max_memory: Annotated[
+        str | None,
+        _option(
+            _RUN,
+            "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes "
+            "('lora-da plan' tells how many). Not with --cache-dir.",
+            metavar="SIZE",
+            show_default="none",
+        ),
+    ] = None
     layers_per_pass: Annotated[
         int | None,
         _preset(

@@ -120,7 +120,8 @@ class Plan:
         seconds: Time of these passes at the throughput that was given; None where none was.
         statistics_bytes: Statistics of all layers together.
         layers: How many layers are adapted.
-        layers_per_pass: How many of them have their statistics taken in one pass.
+        layers_per_pass: How many of them at most have their statistics taken in one pass.
+        parts: The names of the layers of each pass.
         max_memory: The limit that was given.
         fits: Whether the peak is within the limit.
         rows: What the peak of every phase is made of.
@@ -133,6 +134,7 @@ class Plan:
     statistics_bytes: int
     layers: int
     layers_per_pass: int
+    parts: tuple[tuple[str, ...], ...]
     max_memory: int | None
     fits: bool
     rows: tuple[PlanRow, ...]
@@ -198,6 +200,7 @@ def estimate_memory(
         statistics_bytes=statistics_of(layers.groups),
         layers=len(layers.specs),
         layers_per_pass=max(sum(map(len, part)) for part in parts),
+        parts=tuple(tuple(layer.spec.name for group in part for layer in group) for part in parts),
         max_memory=limit,
         fits=fits,
         rows=tuple(rows),

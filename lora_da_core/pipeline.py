@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_da_core.batches import divided, first_samples, label_counts
+from lora_da_core.budget import plan_note, plan_within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -100,6 +101,7 @@ class Pipeline:
         adapter_name: str = "default",
         on_progress: Progress | None = None,
         cache_dir: Path | str | None = None,
+        max_memory: int | str | None = None,
     ) -> LoraDAResult:
         """Estimates, solves and scales; the model is left exactly as found.
 
@@ -111,17 +113,21 @@ class Pipeline:
             on_progress: Told of each phase's progress.
             cache_dir: A directory in which statistics outlive this process, so that a run on the same model and data
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them.
+            max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
+                within by plan; layers are divided among as many passes as it takes. Libraries come on top.
 
         Returns:
             The factors as the adapter stores them, before PEFT's scaling, and the report.
 
         Raises:
+            OptionError: No division keeps within the limit, or a limit or `layers_per_pass` is given with `cache_dir`.
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
         if cache_dir is not None:
-            if self.config.layers_per_pass != "auto":
+            if self.config.layers_per_pass != "auto" or max_memory is not None:
                 raise OptionError(
-                    "statistics that are freed part by part cannot be kept: leave out cache_dir or layers_per_pass."
+                    "statistics that are freed part by part cannot be kept: leave out cache_dir, or layers_per_pass "
+                    "and max_memory."
                 )
             estimates = self.estimate(
                 model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
@@ -129,8 +135,15 @@ class Pipeline:
             return self.solve(estimates, on_progress=on_progress)
         job = self._job(model, batches, peft_config, adapter_name)
         most = self.config.layers_per_pass
-        if most == "auto" or most >= len(job.task.specs):
-            parts: Sequence[Names] = [[spec.name for spec in job.task.specs]]
+        parts: Sequence[Names]
+        if max_memory is not None:
+            if most != "auto" or adapter_name != "default":
+                raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
+            plan = plan_within(self, model, peft_config, job.batches, max_memory)
+            logger.info("%s", plan_note(plan))
+            job, parts = replace(job, notes=(*job.notes, plan_note(plan))), plan.parts
+        elif most == "auto" or most >= len(job.task.specs):
+            parts = [[spec.name for spec in job.task.specs]]
         else:
             parts = divided_layers(input_groups(job.task, job.batches), most)
         return Finish(self.registry, self.components, self.config, on_progress).result(job, parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_a_senseless_number_of_layers_is_refused(value: Any) -> None:
 
 def test_what_is_freed_cannot_be_kept(tmp_path: Any) -> None:
     pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, layers_per_pass=2))
-    with pytest.raises(OptionError, match="cache_dir or layers_per_pass"):
+    with pytest.raises(OptionError, match="leave out cache_dir"):
         pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA, cache_dir=tmp_path)
 
 
@@ -179,3 +180,39 @@ def test_groups_stay_whole() -> None:
     assert divided_layers(groups, 1) == groups
     assert divided_layers(groups, 4) == [["q", "k", "v", "o"], ["gate", "up", "down"]]
     assert halved([["q", "k", "v", "o"], ["gate", "up"]], groups) == [["q", "k", "v"], ["o"], ["gate", "up"]]
+
+
+def test_a_limit_divides_the_run_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = make_tiny_llama(), make_batches(make_samples())
+    pipeline = lora_da_core.build_pipeline(config=FIXED)
+    with pytest.raises(OptionError, match="smallest that works") as refused:
+        pipeline.run(model, batches, LORA, max_memory=1000)
+    found = re.search(r"(\d+) bytes", str(refused.value))
+    assert found is not None
+    least = int(found[1])
+    with pytest.raises(OptionError, match="smallest that works"):
+        pipeline.run(model, batches, LORA, max_memory=least - 1)
+    sizes: list[int] = []
+    estimate = finish.estimate
+
+    def counted(task: capture.CaptureTask, *args: Any) -> Any:
+        sizes.append(len(task.specs))
+        return estimate(task, *args)
+
+    monkeypatch.setattr(finish, "estimate", counted)
+    narrow = pipeline.run(model, batches, LORA, max_memory=least)
+    assert sizes == [3, 1, 2, 1, 3, 1, 2, 1]
+    wide = pipeline.run(model, batches, LORA, max_memory="1GiB")
+    assert any("at most 14 of 14 layers" in note for note in wide.report.notes)
+    (note,) = [note for note in narrow.report.notes if note.startswith("planned for")]
+    assert "of 14 layers" in note and "at most 14" not in note
+    assert_same(narrow, wide)
+
+
+def test_a_limit_goes_with_neither_a_cache_nor_a_division_of_ones_own(tmp_path: Any) -> None:
+    model, batches = make_tiny_llama(), make_batches(make_samples())
+    with pytest.raises(OptionError, match="leave out cache_dir"):
+        lora_da_core.build_pipeline().run(model, batches, LORA, cache_dir=tmp_path, max_memory="1GiB")
+    divided = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, layers_per_pass=2))
+    with pytest.raises(OptionError, match="layers_per_pass='auto'"):
+        divided.run(model, batches, LORA, max_memory="1GiB")

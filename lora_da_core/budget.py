@@ -1,0 +1,77 @@
+"""How a run keeps within a limit of memory: the plan of its own model and data decides how layers are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lora_da_core.errors import OptionError
+from lora_da_core.memory import Plan, Workload, estimate_memory, size_text
+from lora_da_core.types import Batch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from lora_da_core.pipeline import Pipeline
+
+
+def workload_of(batches: Sequence[Batch]) -> Workload:
+    """What a plan has to know of data that are there.
+
+    Args:
+        batches: Mappings with `labels`, (samples, …).
+
+    Returns:
+        The workload, padding counted as tokens.
+    """
+    labels: list[Tensor] = [batch["labels"] for batch in batches]
+    # Whoever has one label per sample has no length that labels tell; a plan knows no shorter sample than 2 tokens.
+    lengths = [max(2, each[0].numel()) for each in labels if len(each)]
+    return Workload(
+        samples=sum(map(len, labels)),
+        max_length=max(lengths),
+        tokens=sum(each.numel() for each in labels),
+        batch_size=max(map(len, labels)),
+    )
+
+
+def plan_within(
+    pipeline: Pipeline,
+    model: nn.Module,
+    peft_config: LoraConfig | None,
+    batches: Sequence[Batch],
+    max_memory: int | str,
+) -> Plan:
+    """The plan with the fewest passes that keeps a run within a limit.
+
+    Args:
+        pipeline: What will run.
+        model: As `Pipeline.run` takes it.
+        peft_config: As `Pipeline.run` takes it.
+        batches: Of one round.
+        max_memory: Bytes, or a size such as `24GiB`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: Not even the layers of one input per pass keep within the limit; the message says what would do.
+    """
+    plan = estimate_memory(model, peft_config, pipeline=pipeline, workload=workload_of(batches), max_memory=max_memory)
+    if not plan.fits:
+        assert plan.max_memory is not None, "what has no limit fits"
+        raise OptionError(
+            f"max_memory is {size_text(plan.max_memory)}; the smallest that works for this model, data and pipeline is "
+            f"{plan.peak_bytes} bytes ({size_text(plan.peak_bytes)}), in {plan.passes} passes. {plan.notes[-1]}"
+        )
+    return plan
+
+
+def plan_note(plan: Plan) -> str:
+    """One sentence for the report: what was planned for the limit."""
+    return (
+        f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
+        f"layers at a time, {plan.passes} passes over the data of a round, a peak of {size_text(plan.peak_bytes)}"
+    )
