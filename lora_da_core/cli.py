@@ -131,6 +131,7 @@ def _root(
 def _init(options: InitOptions) -> None:
     """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
     from lora_da_core import adapter, data, models, storage
+    from lora_da_core.memory import parse_size
     from lora_da_core.progress import note, shown_progress
     from lora_da_core.report import plot_spectra
     from lora_da_core.sizing import SEARCH_SAMPLES
@@ -141,6 +142,10 @@ def _init(options: InitOptions) -> None:
             storage.check_writable(options.cache_dir)
     except StorageError as error:
         raise OptionError(str(error)) from error
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+        if options.cache_dir is not None or options.layers_per_pass is not None:
+            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
     pipeline = _pipeline(options)
     text = data.TextOptions(
         prompt_template=options.prompt_template,

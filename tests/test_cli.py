@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -103,6 +104,9 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "new", "--cache-dir", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "model", "--overwrite"), "holds no earlier run"),
+        ((*INIT, "--output", "new", "--max-memory", "lots"), "no size of memory"),
+        ((*INIT, "--output", "new", "--max-memory", "1GiB", "--cache-dir", "c"), "neither --cache-dir"),
+        ((*INIT, "--output", "new", "--layers-per-pass", "0"), "layers_per_pass is 0"),
         ((*INIT, "--output", "new", "--solver", "lanczoz"), "Did you mean 'lanczos'?"),
         ((*INIT, "--output", "new", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
         ((*INIT, "--output", "new", "--preset", "papr"), "Did you mean 'paper'?"),
@@ -283,6 +287,19 @@ def test_same_command_twice_gives_the_same_bytes_and_overwrite_replaces(world):
     assert run(world, *command, "--overwrite").exit_code == 0
     assert (world / "again" / "adapter_model.safetensors").read_bytes() == first
     assert not (world / "again" / "left-over.txt").exists()
+
+
+def test_init_keeps_within_a_limit_as_planned_and_gives_the_same_adapter(world):
+    small = run(world, *INIT, "--output", "small", "--samples", "8", "--max-memory", "1KiB")
+    assert small.exit_code == 2 and "the smallest that works" in small.stderr
+    least = re.search(r"(\d+) bytes", small.stderr)
+    assert least is not None
+    limited = run(world, *INIT, "--output", "limited", "--samples", "8", "--max-memory", f"{least[1]}B")
+    assert limited.exit_code == 0, limited.output
+    assert "note: planned for a limit of" in limited.stderr
+    assert run(world, *INIT, "--output", "whole", "--samples", "8").exit_code == 0
+    adapters = [(world / name / "adapter_model.safetensors").read_bytes() for name in ("limited", "whole")]
+    assert adapters[0] == adapters[1]
 
 
 def test_a_second_init_reads_the_first_one_s_statistics(world):
