@@ -18,6 +18,7 @@ from lora_da_core.memory import estimate_memory
 from lora_da_core.pipeline import (
     Pipeline,
     build_pipeline,
+    get_lora_da_config,
     get_lora_da_model,
     get_lora_da_state_dict,
     initialize_lora_da_weights,
@@ -46,6 +47,7 @@ __all__ = [
     "UnknownNameError",
     "build_pipeline",
     "estimate_memory",
+    "get_lora_da_config",
     "get_lora_da_model",
     "get_lora_da_state_dict",
     "hookimpl",

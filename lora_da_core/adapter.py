@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -37,6 +38,7 @@ __all__ = [
     "Check",
     "Targets",
     "adapters_disabled",
+    "allocated_config",
     "apply",
     "base_digests",
     "base_of",
@@ -109,6 +111,28 @@ def _check_regex(option: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise OptionError(f"{option} {pattern!r} is no regular expression: {error}.") from error
+
+
+def allocated_config(peft_config: LoraConfig, allocation: Mapping[str, Any]) -> LoraConfig:
+    """A configuration with ranks that were shared out, at the scaling that each layer had.
+
+    Args:
+        peft_config: The configuration of the run.
+        allocation: `RunReport.allocation`; empty changes nothing.
+
+    Returns:
+        A copy: one entry of `rank_pattern` and `alpha_pattern` for each layer, before what was there.
+    """
+    config = copy.deepcopy(peft_config)
+    if allocation:
+        # PEFT reads the names as regular expressions that may match at any dot; the first that matches counts.
+        names = {layer: f"^{re.escape(layer)}" for layer in allocation["ranks"]}
+        ranks = {names[layer]: rank for layer, rank in allocation["ranks"].items()}
+        units = {key: math.sqrt(rank) if config.use_rslora else rank for key, rank in ranks.items()}
+        alphas = {names[layer]: scaling * units[names[layer]] for layer, scaling in allocation["scaling"].items()}
+        config.rank_pattern = {**ranks, **(config.rank_pattern or {})}
+        config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
+    return config
 
 
 def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:

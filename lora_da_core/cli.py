@@ -182,7 +182,8 @@ def _init(options: InitOptions) -> None:
     with shown_progress(log) as on_progress:
         result = pipeline.run(loaded.model, batches, lora, on_progress=on_progress, cache_dir=options.cache_dir)
     report = replace(result.report, notes=(*notes, *result.report.notes))
-    peft_model = adapter.apply(loaded.model, lora, result.factors)
+    fitted = adapter.allocated_config(lora, result.report.allocation)
+    peft_model = adapter.apply(loaded.model, fitted, result.factors)
     storage.save_run(
         options.output,
         # The base's embeddings are not the adapter's to save, and asking whether they changed asks the hub.
@@ -206,6 +207,7 @@ def _pipeline(options: InitOptions) -> Pipeline:
         estimator=options.component("estimator", preset),
         gradient=options.component("gradient", preset),
         solver=options.component("solver", preset),
+        allocator=options.component("allocator", preset),
         preset=options.preset,
         config=options.lora_da_config(preset),
     )

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
 from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
 
@@ -143,6 +143,17 @@ class InitOptions:
     solver_option: Annotated[
         list[str] | None, _option(_PARTS, "Option of the solver; repeatable.", metavar="KEY=VALUE")
     ] = None
+    allocator: Annotated[
+        str | None,
+        _option(
+            _PARTS,
+            "Rank allocator: shares the ranks out among the layers; 'none' keeps --rank everywhere.",
+            show_default="the preset's; robust: none",
+        ),
+    ] = None
+    allocator_option: Annotated[
+        list[str] | None, _option(_PARTS, "Option of the allocator; repeatable.", metavar="KEY=VALUE")
+    ] = None
     unconverged: Annotated[
         str | None,
         _preset(
@@ -258,22 +269,22 @@ def component_choice(options: object, kind: str, preset: Preset) -> ComponentCho
 
     Args:
         options: Options with a field of that name, such as `estimator`, and one for its options, `estimator_option`.
-        kind: `estimator`, `gradient` or `solver`.
+        kind: `estimator`, `gradient`, `solver` or `allocator`.
         preset: The preset that is named there.
 
     Returns:
         What `build_pipeline` takes.
 
     Raises:
-        OptionError: An option is not KEY=VALUE, or options are given for an automatic choice.
+        OptionError: An option is not KEY=VALUE, or options are given for an automatic choice or for none.
     """
     choice: ComponentChoice = getattr(preset, kind)
     default, standing = (choice, {}) if isinstance(choice, str) else choice
     name: str = default if getattr(options, kind) is None else getattr(options, kind)
     given = _pairs(f"--{kind}-option", getattr(options, f"{kind}_option") or ())
     merged = {**(standing if name == default else {}), **given}
-    if name == "auto" and merged:
-        raise OptionError(f"--{kind}-option needs --{kind}: an automatic choice takes no options.")
+    if name in ("auto", NO_ALLOCATOR) and merged:
+        raise OptionError(f"--{kind}-option needs --{kind}: {name!r} takes no options.")
     return (name, merged) if merged else name
 
 

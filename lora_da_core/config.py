@@ -13,6 +13,9 @@ ComponentChoice = str | tuple[str, dict[str, Any]]
 
 PAPER_GAMMA = 1024.0
 
+NO_ALLOCATOR = "none"
+"""The rank allocator's name where there is none: every layer keeps the rank that the LoRA configuration gives it."""
+
 
 @dataclass(frozen=True)
 class LoraDAConfig:
@@ -125,6 +128,7 @@ class Preset:
         gradient: Gradient estimator.
         solver: Solver.
         config: Everything else.
+        allocator: Rank allocator, or `"none"`.
         api_version: Version of the plugin contracts it was written for.
     """
 
@@ -134,4 +138,5 @@ class Preset:
     gradient: ComponentChoice = "full"
     solver: ComponentChoice = "auto"
     config: LoraDAConfig = field(default_factory=LoraDAConfig)
+    allocator: ComponentChoice = NO_ALLOCATOR
     api_version: int = 1

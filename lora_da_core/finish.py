@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.allocation import Allocation
 from lora_da_core.capture import Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
@@ -54,6 +55,7 @@ class Finish:
         self.on_progress = on_progress
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.allocation: Mapping[str, Any] = {}
 
     def result(self, estimates: Estimates, specs: Sequence[LayerSpec]) -> LoraDAResult:
         """All phases in order.
@@ -65,17 +67,18 @@ class Finish:
         Returns:
             The factors and the report.
         """
-        self.notes, self.seconds = [*estimates.notes], dict(estimates.seconds)
+        self.notes, self.seconds, self.allocation = [*estimates.notes], dict(estimates.seconds), {}
         first = replace(estimates, task=replace(estimates.task, specs=specs))
         dtypes = {spec.name: _factor_dtype(first.task.modules[spec.name]) for spec in specs}
         if self.config.automatic_scale:
             rounds, factors, scale = self._searched(first, dtypes)
         else:
-            rounds, gamma = [self._solved(first)], self.config.fixed_gamma
+            rounds, gamma = [self._first_round(first)], self.config.fixed_gamma
             spaces = {name: solution.subspace for name, solution in rounds[0].solutions.items()}
             factors = self._timed("scale", lambda: {n: fixed_factors(s, gamma, dtypes[n]) for n, s in spaces.items()})
             scale = {"gamma": gamma}
-        reports = [self._layer_report(spec, rounds[-1], factors[spec.name]) for spec in specs]
+        ranked = rounds[0].estimates.task.specs
+        reports = [self._layer_report(spec, rounds[-1], factors[spec.name]) for spec in ranked]
         for report in reports:
             for fault in self.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
@@ -96,8 +99,10 @@ class Finish:
             )
         for number, part in enumerate([estimates.batches, *estimates.later]):
             sizing = Sizing(estimates.task, estimates.unseen if unseen else part, dtypes, self.on_progress)
-            found = self._again(estimates, number, part, sizing.changes(steps)) if number else estimates
-            rounds.append(self._solved(found))
+            if number:
+                rounds.append(self._solved(self._again(rounds[0].estimates, number, part, sizing.changes(steps))))
+            else:
+                rounds.append(self._first_round(estimates))
             solutions = rounds[-1].solutions
             direction = {n: unit_step(each.subspace, self.config.spectrum) for n, each in solutions.items()}
             search, steps = self._timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d))  # type: ignore[misc]
@@ -118,13 +123,26 @@ class Finish:
         self.notes += [note for note in found.notes if note not in self.notes]
         return found
 
+    def _first_round(self, estimates: Estimates) -> _Round:
+        """The first round, at the ranks that the allocator gives its layers; later rounds take them over."""
+        allocator = self.components.allocator
+        if allocator is None:
+            return self._solved(estimates)
+        allocation = Allocation(self.registry, allocator, estimates.task.specs)
+        largest = allocation.largest({name: layer.tokens for name, layer in estimates.statistics.layers.items()})
+        solved = self._solved(replace(estimates, task=replace(estimates.task, specs=largest)))
+        found = self._timed("solve", lambda: allocation.of(solved.solutions))
+        self.allocation = found.record
+        return _Round(replace(estimates, task=replace(estimates.task, specs=found.specs)), found.solutions)
+
     def _solved(self, estimates: Estimates) -> _Round:
         with full_float32():
             return _Round(estimates, self._timed("solve", lambda: self._solutions(estimates)))
 
     def _solutions(self, estimates: Estimates) -> dict[str, LayerSolution]:
         parts, statistics = self.components, estimates.statistics
-        solver = LayerSolver(self.registry, parts.estimator, parts.solver, self.config)
+        curvature = parts.allocator is not None and parts.allocator.needs_curvature
+        solver = LayerSolver(self.registry, parts.estimator, parts.solver, self.config, curvature=curvature)
         specs = {spec.name: spec for spec in estimates.task.specs}
         solutions: dict[str, LayerSolution] = {}
         waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
@@ -205,6 +223,7 @@ class Finish:
             notes=tuple(self.notes),
             versions={"python": platform.python_version(), **{name: version(name) for name in packages}},
             base=adapter.fingerprint(first.task.model),
+            allocation=self.allocation,
         )
 
     def _timed(self, phase: str, work: Callable[[], Outcome]) -> Outcome:

@@ -19,6 +19,8 @@ from lora_da_core.types import (
     FisherStatistics,
     LabelKind,
     LayerSpec,
+    LayerSpectrum,
+    RankUnit,
     TokenMask,
 )
 
@@ -261,3 +263,61 @@ class Objective(Component[OptionsT]):
         root of its probability). Only objectives with a likelihood can offer it.
         """
         raise TypeError(f"objective {self.name!r} cannot draw labels from the model")
+
+
+class RankAllocator(Component[OptionsT]):
+    """Shares a budget of ranks among layers that were solved at the largest rank each may get."""
+
+    @property
+    def unit(self) -> RankUnit:
+        """What a rank costs: one, or its layer's in + out parameters."""
+        return "rank"
+
+    @property
+    def budget(self) -> int | None:
+        """The whole budget, in units; None for what the configured ranks come to."""
+        return None
+
+    @property
+    def smallest_rank(self) -> int:
+        """The rank that every layer gets at least; PEFT knows no rank 0."""
+        return 1
+
+    def largest_rank(self, spec: LayerSpec) -> int:
+        """The rank that a layer is solved at; the core lowers it to what the layer's sizes and tokens allow.
+
+        Args:
+            spec: The layer, at its configured rank.
+        """
+        return 4 * spec.rank
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether `LayerSpectrum.curvature` is wanted; it takes one product with J for every direction."""
+        return False
+
+    @abstractmethod
+    def allocate(
+        self, spectra: Mapping[str, LayerSpectrum], costs: Mapping[str, int], budget: int
+    ) -> Mapping[str, int]:
+        """The rank of every layer.
+
+        Args:
+            spectra: By layer, at least `smallest_rank` values each.
+            costs: What one rank costs, by layer, in units.
+            budget: Units to spend at most; `smallest_rank` everywhere fits.
+
+        Returns:
+            Ranks between `smallest_rank` and the number of values, by layer.
+        """
+
+    def order(self, spectrum: LayerSpectrum) -> Sequence[int]:
+        """Which directions of a layer are kept first; a layer of rank r keeps the first r of these.
+
+        Args:
+            spectrum: The layer's.
+
+        Returns:
+            A permutation of its directions; by default the smallest eigenvalues come first.
+        """
+        return range(len(spectrum.values))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
-from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates, check_tokens, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import Batch, LoraDAResult
+from lora_da_core.types import Batch, LayerSpec, LoraDAResult
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -40,6 +41,7 @@ def build_pipeline(
     gradient: ComponentChoice | None = None,
     objective: ComponentChoice | LossFunction = "causal_lm",
     *,
+    allocator: ComponentChoice | None = None,
     preset: str = DEFAULT_PRESET,
     config: LoraDAConfig | None = None,
 ) -> Pipeline:
@@ -51,6 +53,8 @@ def build_pipeline(
         gradient: Gradient estimator, likewise.
         objective: The loss that is differentiated, likewise, or a function of model and batch (on the model's device)
             that returns per-sample losses (samples,).
+        allocator: Shares the ranks out among the layers, likewise; `"none"` leaves every layer the rank that the LoRA
+            configuration gives it.
         preset: Setting that fills whatever is not given.
         config: Replaces the preset's configuration.
 
@@ -66,11 +70,13 @@ def build_pipeline(
     if config is not None and not isinstance(config, LoraDAConfig):
         raise OptionError(f"config is a {type(config).__name__}; give a LoraDAConfig.")
     chosen = base.solver if solver is None else solver
+    shared_out = base.allocator if allocator is None else allocator
     parts = Components(
         estimator=registry.create("estimator", base.estimator if estimator is None else estimator),
         gradient=registry.create("gradient", base.gradient if gradient is None else gradient),
         objective=objective_of(objective) if callable(objective) else registry.create("objective", objective),
         solver=None if chosen == "auto" else registry.create("solver", chosen),
+        allocator=None if shared_out == NO_ALLOCATOR else registry.create("allocator", shared_out),
     )
     parts.check()
     if parts.solver is None:
@@ -156,6 +162,7 @@ class Pipeline:
             cache.check()
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
+        self._check_ranks(model, targets.specs)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
         counts = label_counts(self.components.objective, taken)
         task = CaptureTask(
@@ -218,8 +225,23 @@ class Pipeline:
             specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
+        self._check_ranks(made.model, specs)
         check_tokens(specs, estimates.statistics)
         return Finish(self.registry, self.components, self.config, on_progress).result(estimates, specs)
+
+    def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
+        """Refuses what no allocation can serve, before any work."""
+        from lora_da_core import adapter
+
+        allocator = self.components.allocator
+        if allocator is None:
+            return
+        if adapter.is_peft_model(model):
+            raise OptionError(
+                f"allocator {allocator.name!r} changes ranks, which an adapter that is there already has fixed; give "
+                "the base model to get_lora_da_model."
+            )
+        Allocation(self.registry, allocator, specs)
 
 
 def get_lora_da_model(
@@ -248,7 +270,24 @@ def get_lora_da_model(
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
     adapter.check_adapter_name(adapter_name)
     result = (pipeline or build_pipeline()).run(model, batches, peft_config)
-    return adapter.apply(model, peft_config, result.factors, adapter_name)
+    return adapter.apply(model, get_lora_da_config(peft_config, result), result.factors, adapter_name)
+
+
+def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:
+    """The LoRA configuration that a result's factors fit: with the ranks that an allocator gave, as patterns.
+
+    PEFT's factor on B·A stays what it was in every layer: α/r, or α/√r with rsLoRA, of the configured rank.
+
+    Args:
+        peft_config: The configuration of the run.
+        result: The run's result.
+
+    Returns:
+        A copy; an equal one where no allocator was asked.
+    """
+    from lora_da_core import adapter
+
+    return adapter.allocated_config(peft_config, result.report.allocation)
 
 
 def get_lora_da_state_dict(
@@ -270,10 +309,19 @@ def get_lora_da_state_dict(
 
     Returns:
         `base_model.model.<module>.lora_A.weight` and `…lora_B.weight`.
+
+    Raises:
+        OptionError: The pipeline has an allocator.
     """
     from lora_da_core import adapter
 
-    result = (pipeline or build_pipeline()).run(model, batches, peft_config, adapter_name=adapter_name)
+    chosen = pipeline or build_pipeline()
+    if chosen.components.allocator is not None:
+        raise OptionError(
+            "a state dict does not hold the ranks' scaling that an allocator gives; use get_lora_da_model, or "
+            "Pipeline.run and get_lora_da_config."
+        )
+    result = chosen.run(model, batches, peft_config, adapter_name=adapter_name)
     return adapter.state_dict(result.factors)
 
 

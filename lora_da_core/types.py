@@ -15,6 +15,7 @@ Balance = Literal["activation", "norm", "even"]
 DampingKind = Literal["relative", "absolute"]
 FisherScale = Literal["token_mean", "sample"]
 LabelKind = Literal["empirical", "sampled", "exact"]
+RankUnit = Literal["rank", "parameter"]
 Spectrum = Literal["kept", "flat"]
 TokenMask = Literal["labels", "attention"]
 Unsupported = Literal["error", "default"]
@@ -85,6 +86,41 @@ class EigenResult:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """The second-order loss change of a layer's directions d_i = (Δ_rawᵀ v_i) v_iᵀ, v_i the eigenvectors of Ω.
+
+    Keeping the directions of a set S changes the loss by about Σ slopes_i + ½ Σ hessian_ij, sums over S (derived).
+
+    Attributes:
+        slopes: (R,), ⟨G, d_i⟩, float64 on the CPU.
+        hessian: (R, R), ⟨d_i, J d_j⟩ with the damped Fisher J, float64 on the CPU.
+    """
+
+    slopes: Tensor
+    hessian: Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What a rank allocator sees of one layer, solved at the largest rank R it may get.
+
+    Attributes:
+        values: (R,), the smallest eigenvalues of Ω, ascending, float64 on the CPU.
+        scale: Squared weights that one unit of `values` stands for: σ², or 1 where Δ is not divided by σ.
+        curvature: The directions' second-order loss change, for an allocator that asks for it.
+    """
+
+    values: Tensor
+    scale: float
+    curvature: Curvature | None = None
+
+    @property
+    def gains(self) -> Tensor:
+        """What each direction takes off the expected squared error of the weights, max(0, −σ²λ_i), descending."""
+        return (-self.scale * self.values).clamp(min=0.0)
+
+
+@dataclass(frozen=True)
 class LoraFactors:
     """LoRA's two factors as stored in the adapter, before PEFT's scaling: A (r, in), B (out, r)."""
 
@@ -143,7 +179,8 @@ class RunReport:
 
     Attributes:
         layers: One report per initialised layer, in the model's order.
-        components: Name of the component taken, by kind (`estimator`, `gradient`, `solver`, `objective`).
+        components: Name of the component taken, by kind (`estimator`, `gradient`, `solver`, `objective`, at times
+            `allocator`).
         options: Options of each component, by kind.
         config: The `LoraDAConfig` as a mapping, with what was left open filled in.
         samples: Samples that were read.
@@ -154,6 +191,8 @@ class RunReport:
         notes: Everything that was assumed, skipped or mended, in the order it happened.
         versions: Versions of this package, Python, torch, transformers and peft.
         base: Fingerprint of the base weights that the run saw.
+        allocation: How ranks were shared out: `unit`, `budget`, `spent`, the `ranks` and the `scaling` by layer, and
+            the `gain` of these ranks and of the configured ones; empty where no allocator was asked.
     """
 
     layers: tuple[LayerReport, ...]
@@ -168,6 +207,7 @@ class RunReport:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     base: str
+    allocation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -224,7 +224,8 @@ class GroupRun:
         if space.run.finetune.together > 1:
             self._starts[cell.id] = (result.factors, {})
             return found
-        wrapped = adapter.apply(space.model, lora, result.factors)
+        fitted = adapter.allocated_config(lora, result.report.allocation)
+        wrapped = adapter.apply(space.model, fitted, result.factors)
         try:
             return found | self._finetuned(cell, wrapped)
         finally:
