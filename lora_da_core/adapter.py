@@ -16,6 +16,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
     PREFIX,
     Targets,
@@ -43,6 +44,7 @@ __all__ = [
     "base_digests",
     "base_of",
     "check_adapter_name",
+    "check_start",
     "chosen_config",
     "config_of",
     "digest",
@@ -50,6 +52,7 @@ __all__ = [
     "is_peft_model",
     "lora_config",
     "resolve_targets",
+    "settle",
     "state_dict",
     "verify",
     "write",

@@ -142,6 +142,11 @@ def _init(options: InitOptions) -> None:
     except StorageError as error:
         raise OptionError(str(error)) from error
     pipeline = _pipeline(options)
+    if pipeline.config.offset != "none":
+        raise OptionError(
+            f"offset={pipeline.config.offset!r} cannot be saved as one adapter that stock PEFT reloads to the same "
+            "function; leave it at 'none', or use get_lora_da_model and save the base or the second adapter with it."
+        )
     text = data.TextOptions(
         prompt_template=options.prompt_template,
         max_length=options.max_length,

@@ -15,7 +15,18 @@ import typer
 
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
+from lora_da_core.types import (
+    Balance,
+    DampingKind,
+    FisherScale,
+    Frozen,
+    Offset,
+    Pairing,
+    Scale,
+    Spectrum,
+    TokenMask,
+    Unsupported,
+)
 
 OptionsT = TypeVar("OptionsT")
 
@@ -127,7 +138,9 @@ class InitOptions:
 
     preset: Annotated[
         str,
-        _option(_PARTS, "Setting that fills whatever is not given: robust, paper, lora_one, spectral, or a plugin's."),
+        _option(
+            _PARTS, "Setting that fills whatever is not given: robust, paper, lora_one, lora_ga, …, or a plugin's."
+        ),
     ] = "robust"
     estimator: Annotated[str | None, _option(_PARTS, "Fisher estimator.", show_default="the preset's")] = None
     estimator_option: Annotated[
@@ -174,9 +187,9 @@ class InitOptions:
         str | None,
         _preset(
             _OMEGA,
-            "Size the first step by a line search on the samples, or divide both factors by √γ.",
+            "Size the start by a line search on the samples, by √γ, by LoRA-GA's or LOI's rule, or take it as it is.",
             "scale",
-            get_type_hints(LoraDAConfig)["scale"],
+            Scale,
         ),
     ] = None
     gamma: Annotated[float | None, _preset(_OMEGA, "γ > 0 of a fixed scale; giving it fixes the scale.", "gamma")] = (
@@ -191,6 +204,19 @@ class InitOptions:
             Balance,
         ),
     ] = None
+    pairing: Annotated[
+        str | None,
+        _preset(
+            _OMEGA,
+            "Whether A and B take directions that belong together, or two blocks of singular ones (LoRA-GA, LOI).",
+            "pairing",
+            Pairing,
+        ),
+    ] = None
+    offset: Annotated[
+        str | None, _preset(_OMEGA, "Where the start is taken out again; only 'none' can be saved.", "offset", Offset)
+    ] = None
+    frozen: Annotated[str | None, _preset(_OMEGA, "What is frozen in training (LoRA-FA: A).", "frozen", Frozen)] = None
     spectrum: Annotated[
         str | None,
         _preset(_OMEGA, "The step's singular values, scale=auto: as they are, or all alike.", "spectrum", Spectrum),

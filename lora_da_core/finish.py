@@ -18,7 +18,7 @@ from lora_da_core.capture import Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.estimation import Estimates, estimate
-from lora_da_core.omega import WeightStep, fixed_factors, unit_step
+from lora_da_core.omega import WeightStep, fixed_factors, of_norm, paired, stable_factors, unit_step
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import Sizing
@@ -73,16 +73,39 @@ class Finish:
         if self.config.automatic_scale:
             rounds, factors, scale = self._searched(first, dtypes)
         else:
-            rounds, gamma = [self._first_round(first)], self.config.fixed_gamma
-            spaces = {name: solution.subspace for name, solution in rounds[0].solutions.items()}
-            factors = self._timed("scale", lambda: {n: fixed_factors(s, gamma, dtypes[n]) for n, s in spaces.items()})
-            scale = {"gamma": gamma}
+            rounds = [self._first_round(first)]
+            factors, scale = self._timed("scale", lambda: self._scaled(rounds[0], dtypes))
         ranked = rounds[0].estimates.task.specs
+        self.notes += _start_notes(self.config)
         reports = [self._layer_report(spec, rounds[-1], factors[spec.name]) for spec in ranked]
         for report in reports:
             for fault in self.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
         return LoraDAResult(factors, self._report(reports, rounds, scale))
+
+    def _scaled(
+        self, solved: _Round, dtypes: Mapping[str, torch.dtype]
+    ) -> tuple[dict[str, LoraFactors], dict[str, Any]]:
+        """Factors whose scale is not searched, and what the report says of it."""
+        rule, gamma = self.config.rule, self.config.fixed_gamma
+        spaces = {name: solution.subspace for name, solution in solved.solutions.items()}
+        if rule in ("fixed", "stable"):
+            made = fixed_factors if rule == "fixed" else stable_factors
+            found = {name: made(space, gamma, dtypes[name]) for name, space in spaces.items()}
+        else:
+            steps = {name: unit_step(space, self.config.spectrum) for name, space in spaces.items()}
+            if rule == "product":
+                steps = {name: of_norm(step, 1 / gamma) for name, step in steps.items()}
+            sizing = Sizing(solved.estimates.task, solved.estimates.batches, dtypes, self.on_progress)
+            found = sizing.divided(steps, self.config.balance)
+        foreign = self.config.pairing != "same" or not self.components.gradient.follows_loss
+        if self.config.offset == "none" and foreign and any(bool(pair.B.any()) for pair in found.values()):
+            self._note(
+                "the method starts at the base's function, which this adapter changes by scaling·B·A: "
+                "offset='base' or 'frozen_adapter' takes that out"
+            )
+        known = {} if rule == "unit" else {"gamma": gamma}
+        return found, known if rule == "fixed" else {"rule": rule, **known}
 
     def _searched(
         self, estimates: Estimates, dtypes: Mapping[str, torch.dtype]
@@ -126,6 +149,8 @@ class Finish:
     def _first_round(self, estimates: Estimates) -> _Round:
         """The first round, at the ranks that the allocator gives its layers; later rounds take them over."""
         allocator = self.components.allocator
+        if self.config.pairing != "same":
+            return self._paired(estimates)
         if allocator is None:
             return self._solved(estimates)
         allocation = Allocation(self.registry, allocator, estimates.task.specs)
@@ -134,6 +159,15 @@ class Finish:
         found = self._timed("solve", lambda: allocation.of(solved.solutions))
         self.allocation = found.record
         return _Round(replace(estimates, task=replace(estimates.task, specs=found.specs)), found.solutions)
+
+    def _paired(self, estimates: Estimates) -> _Round:
+        twice = [replace(spec, rank=2 * spec.rank) for spec in estimates.task.specs]
+        solved = self._solved(replace(estimates, task=replace(estimates.task, specs=twice)))
+        found = {
+            name: replace(each, subspace=paired(each.subspace, self.config.pairing))
+            for name, each in solved.solutions.items()
+        }
+        return _Round(estimates, found)
 
     def _solved(self, estimates: Estimates) -> _Round:
         with full_float32():
@@ -235,6 +269,20 @@ class Finish:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         logger.warning("%s", text)
+
+
+def _start_notes(config: LoraDAConfig) -> list[str]:
+    """What becomes of the adapter beside A and B; not worries, so not logged."""
+    places = {
+        "base": "from the base's weights, which are then no longer the original's",
+        "frozen_adapter": "by a second, frozen adapter",
+    }
+    notes = (
+        []
+        if config.offset == "none"
+        else [f"offset={config.offset}: scaling·B·A is taken out again {places[config.offset]}"]
+    )
+    return notes if config.frozen == "none" else [*notes, "A is frozen in training; a saved adapter cannot say so"]
 
 
 def _factor_dtype(module: nn.Module) -> torch.dtype:

@@ -168,6 +168,17 @@ class LossProbe(ABC):
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
         """Where a layer's changes must lie, and the dtype that suits them."""
 
+    def weights(self, layer: str) -> Tensor:
+        """W of a layer, (out, in), as it is or as it acts where it is stored otherwise; to be read, never written.
+
+        Args:
+            layer: Its name.
+
+        Raises:
+            TypeError: This probe has no weights to show.
+        """
+        raise TypeError(f"this probe does not show the weights of {layer}")
+
 
 class GradientEstimator(Component[OptionsT]):
     """Estimates the mean gradient G (out, in) of one layer.
@@ -180,6 +191,11 @@ class GradientEstimator(Component[OptionsT]):
     def forward_only(self) -> bool:
         """Whether the estimate comes from a `LossProbe` instead of a backward pass."""
         return False
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether G is the loss's gradient, or an estimate of it; not, where another target takes its place."""
+        return True
 
     @property
     def exact(self) -> bool:

@@ -163,6 +163,7 @@ class Pipeline:
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
         self._check_ranks(model, targets.specs)
+        adapter.check_start(targets.modules, lora, self.config.offset)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
         counts = label_counts(self.components.objective, taken)
         task = CaptureTask(
@@ -234,6 +235,17 @@ class Pipeline:
         from lora_da_core import adapter
 
         allocator = self.components.allocator
+        if self.config.pairing != "same":
+            if allocator is not None:
+                raise OptionError(
+                    f"allocator {allocator.name!r} and pairing={self.config.pairing!r} do not go together."
+                )
+            for spec in specs:
+                if 2 * spec.rank > min(spec.in_features, spec.out_features):
+                    raise OptionError(
+                        f"layer {spec.name} is {spec.out_features} × {spec.in_features}: pairing="
+                        f"{self.config.pairing!r} takes 2·{spec.rank} of its directions; choose a smaller rank."
+                    )
         if allocator is None:
             return
         if adapter.is_peft_model(model):
@@ -262,15 +274,19 @@ def get_lora_da_model(
         adapter_name: Name of the adapter.
 
     Returns:
-        A stock PeftModel.
+        A stock PeftModel; with what the configuration's `offset` and `frozen` ask for.
     """
     from lora_da_core import adapter
 
     if adapter.is_peft_model(model):
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
     adapter.check_adapter_name(adapter_name)
-    result = (pipeline or build_pipeline()).run(model, batches, peft_config)
-    return adapter.apply(model, get_lora_da_config(peft_config, result), result.factors, adapter_name)
+    chosen = pipeline or build_pipeline()
+    result = chosen.run(model, batches, peft_config)
+    wrapped = adapter.apply(model, get_lora_da_config(peft_config, result), result.factors, adapter_name)
+    start = chosen.config
+    adapter.settle(wrapped, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
+    return wrapped
 
 
 def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:
@@ -349,6 +365,11 @@ def initialize_lora_da_weights(
 
     if (batches is None) == (state_dict is None):
         raise OptionError("give either batches or state_dict.")
-    if state_dict is None and batches is not None:
-        state_dict = get_lora_da_state_dict(peft_model, batches, pipeline=pipeline, adapter_name=adapter_name)
-    adapter.write(peft_model, state_dict or {}, adapter_name)
+    if state_dict is not None or batches is None:
+        adapter.write(peft_model, state_dict or {}, adapter_name)
+        return
+    chosen = pipeline or build_pipeline()
+    result = chosen.run(peft_model, batches, adapter_name=adapter_name)
+    adapter.write(peft_model, adapter.state_dict(result.factors), adapter_name)
+    start = chosen.config
+    adapter.settle(peft_model, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)

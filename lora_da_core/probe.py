@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.capture import CaptureTask
+from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import LossProbe
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
@@ -97,6 +98,21 @@ class LowRankProbe(LossProbe):
                     part = labelled
                     self._task.objective.losses(self._task.model, to_device(part, self._task.device))
         return {name: (float(found[0]), float(found[1])) for name, found in sums.items()}
+
+    def weights(self, layer: str) -> Tensor:
+        module, kind = self._task.modules[layer], {spec.name: spec.kind for spec in self._task.specs}[layer]
+        if kind not in ("linear", "conv1d"):
+            raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
+        stored = getattr(module, "weight", None)
+        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
+            return stored.detach() if kind == "linear" else stored.detach().mT
+        # Packed weights are only known by what they do: W is the answer to the unit vectors.
+        size = {spec.name: spec.in_features for spec in self._task.specs}[layer]
+        device, _ = self.place(layer)
+        unit = torch.eye(size, device=device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            answers: Tensor = module(unit) - module(torch.zeros_like(unit[:1]))
+        return answers.mT
 
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
         weight = next(self._task.modules[layer].parameters(), None)

@@ -60,6 +60,7 @@ def init_before_training(
         loader = trainer.get_train_dataloader()
         result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
+    adapter.settle(model, result.factors, adapter_name, offset=config.offset, frozen=config.frozen)
     return result.report
 
 

@@ -15,7 +15,11 @@ Balance = Literal["activation", "norm", "even"]
 DampingKind = Literal["relative", "absolute"]
 FisherScale = Literal["token_mean", "sample"]
 LabelKind = Literal["empirical", "sampled", "exact"]
+Frozen = Literal["none", "A"]
+Offset = Literal["none", "base", "frozen_adapter"]
+Pairing = Literal["same", "right_first", "left_first"]
 RankUnit = Literal["rank", "parameter"]
+Scale = Literal["auto", "fixed", "stable", "product", "unit"]
 Spectrum = Literal["kept", "flat"]
 TokenMask = Literal["labels", "attention"]
 Unsupported = Literal["error", "default"]
@@ -139,7 +143,7 @@ class LayerReport:
         rank: Rank of the adapter.
         tokens: Tokens that entered the Fisher.
         sigma: ‖Δ_raw‖₂, the spectral norm of the unnormalised Fisher-gradient step.
-        ritz_values: The r smallest eigenvalues of Ω, ascending.
+        ritz_values: The r smallest eigenvalues of Ω, ascending; 2r where two blocks of directions are paired.
         gap: λ_{r+1} − λ_r of Ω, from the Ritz estimate of λ_{r+1}; NaN where the solver does not know it.
         residual: Largest ‖Ωu − λu‖ relative to the largest wanted |λ|, which is at most ‖Ω‖.
         converged: Whether the solver reached its tolerance.

@@ -36,6 +36,15 @@ CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry
 AXES: Final = (*COMPONENTS, "preset", "baseline", "rank", "samples", *CONFIG_AXES)
 """Everything a grid may list."""
 
+_ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "allocator": (None, NO_ALLOCATOR),
+    "allocator_options": (None, {}),
+    "pairing": (None, "same"),
+    "offset": (None, "none"),
+    "frozen": (None, "none"),
+}
+"""Values of settings that came later and are no part of an identity: cells keep the names they had before."""
+_WITHOUT_GAMMA: Final = {"auto", "unit"}
 _OBJECTIVE: Final = "causal_lm"
 _ID_LENGTH: Final = 16
 
@@ -244,8 +253,8 @@ class _Expansion:
 
     def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
         axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
-        if "gamma" in axes and "fixed" not in axes.setdefault("scale", ["fixed"]):
-            raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed'.")
+        if "gamma" in axes and not set(axes.setdefault("scale", ["fixed"])) - _WITHOUT_GAMMA:
+            raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             for seed, rank in itertools.product(self.run.seeds, ranks):
@@ -256,8 +265,8 @@ class _Expansion:
         preset: Preset = self._try(lambda: self.registry.resolve("preset", name))
         given = {name: value for name, value in chosen.items() if name in CONFIG_AXES}
         config = self._try(lambda: replace(preset.config, **{**_scaling(given), "seed": seed, "samples": None}))
-        gamma = None if config.automatic_scale else config.fixed_gamma
-        config = replace(config, gamma=gamma, scale="auto" if gamma is None else "fixed")
+        gamma = None if config.rule in ("auto", "unit") else config.fixed_gamma
+        config = replace(config, gamma=gamma, scale=config.rule)
         samples = chosen.get("samples", self.run.samples)
         self._try(lambda: whole("samples", samples, 1))
         parts = {kind: self._choice(kind, chosen.get(kind, getattr(preset, kind))) for kind in COMPONENTS}
@@ -297,15 +306,12 @@ class _Expansion:
 
 
 def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """γ applies to a fixed scale alone."""
-    return {name: value for name, value in given.items() if name != "gamma" or given["scale"] == "fixed"}
+    """γ applies to some scales alone."""
+    return {name: value for name, value in given.items() if name != "gamma" or given["scale"] not in _WITHOUT_GAMMA}
 
 
 def _identity(run: RunSettings, cell: Cell) -> str:
-    settings = cell.settings()
-    if settings["allocator"] in (None, NO_ALLOCATOR):
-        # Such cells keep the names they had before there were allocators.
-        del settings["allocator"], settings["allocator_options"]
+    settings = {name: value for name, value in cell.settings().items() if value not in _ABSENT.get(name, ())}
     content = _canonical([run.identity(), settings])
     return hashlib.sha256(content.encode()).hexdigest()[:_ID_LENGTH]
 
