@@ -24,6 +24,7 @@ from lora_da_core.pipeline import (
     initialize_lora_da_weights,
 )
 from lora_da_core.registry import list_plugins
+from lora_da_core.regularization import Penalty, penalty_of, regularize_training
 from lora_da_core.trainer import init_before_training
 from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
 
@@ -38,6 +39,7 @@ __all__ = [
     "LoraFactors",
     "ModelError",
     "OptionError",
+    "Penalty",
     "Pipeline",
     "PluginError",
     "Preset",
@@ -55,4 +57,6 @@ __all__ = [
     "init_before_training",
     "initialize_lora_da_weights",
     "list_plugins",
+    "penalty_of",
+    "regularize_training",
 ]

@@ -48,15 +48,21 @@ __all__ = [
     "chosen_config",
     "config_of",
     "digest",
+    "factor_pairs",
     "fingerprint",
     "is_peft_model",
     "lora_config",
+    "pair_in",
     "resolve_targets",
     "settle",
     "state_dict",
     "verify",
     "write",
 ]
+
+
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+"""What PEFT puts behind a module's name in a saved adapter."""
 
 
 def lora_config(
@@ -149,9 +155,41 @@ def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """
     state = {}
     for name, pair in factors.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        state[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+        state[f"{PREFIX}{name}{A_KEY}"] = pair.A
+        state[f"{PREFIX}{name}{B_KEY}"] = pair.B
     return state
+
+
+def factor_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of every layer of an adapter, the parameters themselves.
+
+    Args:
+        model: A PeftModel with that adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        By module name.
+    """
+    config_of(model, adapter_name)
+    assert isinstance(model, PeftModel)
+    found = factor_parameters(model, adapter_name)
+    names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in found if key.endswith(A_KEY)]
+    return {name: (found[f"{PREFIX}{name}{A_KEY}"], found[f"{PREFIX}{name}{B_KEY}"]) for name in names}
+
+
+def pair_in(state: Mapping[str, Tensor], name: str, *, like: tuple[Tensor, Tensor]) -> LoraFactors:
+    """A copy of a layer's factors in a state dict.
+
+    Args:
+        state: PEFT key names.
+        name: The layer.
+        like: A and B whose devices and dtypes the copy takes.
+
+    Returns:
+        The factors.
+    """
+    keys = (f"{PREFIX}{name}{A_KEY}", f"{PREFIX}{name}{B_KEY}")
+    return LoraFactors(*(state[key].detach().to(part, copy=True) for key, part in zip(keys, like, strict=True)))
 
 
 def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:

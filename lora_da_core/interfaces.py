@@ -20,6 +20,7 @@ from lora_da_core.types import (
     LabelKind,
     LayerSpec,
     LayerSpectrum,
+    LoraFactors,
     RankUnit,
     TokenMask,
 )
@@ -337,3 +338,47 @@ class RankAllocator(Component[OptionsT]):
             A permutation of its directions; by default the smallest eigenvalues come first.
         """
         return range(len(spectrum.values))
+
+
+class Regularizer(Component[OptionsT]):
+    """A penalty on the factors of an adapter in training, from the Fisher of data that it must not forget."""
+
+    @abstractmethod
+    def penalty(
+        self,
+        factors: Mapping[str, LoraFactors],
+        start: Mapping[str, LoraFactors],
+        scaling: Mapping[str, float],
+        fishers: Mapping[str, LayerFisher],
+    ) -> Tensor:
+        """The penalty, a scalar that can be differentiated with respect to the factors.
+
+        Args:
+            factors: A and B of every layer as they are now.
+            start: As they were when training began.
+            scaling: PEFT's factor on B·A by layer.
+            fishers: The Fisher of every layer's weights.
+        """
+
+    def doubts(self, start: Mapping[str, LoraFactors]) -> Sequence[str]:
+        """What a penalty from this start leaves open, one sentence each.
+
+        Args:
+            start: A and B of every layer when training begins.
+
+        Returns:
+            Nothing where all is well.
+        """
+        return ()
+
+
+class TrainerPlugin(Component[OptionsT]):
+    """Changes how a trainer trains: an optimizer, or a callback."""
+
+    @abstractmethod
+    def attach(self, trainer: Any) -> None:
+        """Makes a trainer use it; to be called between making the trainer and `trainer.train()`.
+
+        Args:
+            trainer: transformers' Trainer, or one that is derived from it, with a PeftModel.
+        """

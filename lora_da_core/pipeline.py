@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
+from lora_da_core.blame import blamed
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -22,6 +23,7 @@ from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates, check_tokens, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
+from lora_da_core.interfaces import LayerFisher
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
@@ -229,6 +231,28 @@ class Pipeline:
         self._check_ranks(made.model, specs)
         check_tokens(specs, estimates.statistics)
         return Finish(self.registry, self.components, self.config, on_progress).result(estimates, specs)
+
+    def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:
+        """The Fisher of every layer, for what else a Fisher is good for.
+
+        Args:
+            estimates: From `estimate`, of a pipeline with the same estimator.
+            damping: Replaces the configuration's, of the same kind.
+
+        Returns:
+            By layer.
+        """
+        config, estimator = self.config, self.components.estimator
+        found = {}
+        for spec in estimates.task.specs:
+            with blamed(f"estimator {estimator.name!r}", f" on layer {spec.name}"):
+                found[spec.name] = estimator.fisher(
+                    estimates.statistics.of_layer(spec.name),
+                    damping=config.damping if damping is None else damping,
+                    damping_kind=config.damping_kind,
+                    fisher_scale=config.fisher_scale,
+                )
+        return found
 
     def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
         """Refuses what no allocation can serve, before any work."""

@@ -22,7 +22,9 @@ from lora_da_core.interfaces import (
     GradientEstimator,
     Objective,
     RankAllocator,
+    Regularizer,
     Solver,
+    TrainerPlugin,
 )
 
 HOOK_OF_KIND: dict[str, tuple[str, type]] = {
@@ -31,6 +33,8 @@ HOOK_OF_KIND: dict[str, tuple[str, type]] = {
     "solver": ("lora_da_solvers", Solver),
     "objective": ("lora_da_objectives", Objective),
     "allocator": ("lora_da_rank_allocators", RankAllocator),
+    "regularizer": ("lora_da_regularizers", Regularizer),
+    "trainer": ("lora_da_trainer_plugins", TrainerPlugin),
     "preset": ("lora_da_presets", Preset),
 }
 """Kinds of component: the hook that offers them and the type each must have."""
