@@ -26,7 +26,7 @@ ESTIMATORS = sorted(REGISTRY.names("estimator"))
 GRADIENTS = sorted(n for n in REGISTRY.names("gradient") if REGISTRY.create("gradient", n).follows_loss)
 SOLVERS = sorted({*REGISTRY.names("solver"), "auto"})
 RANK = 2
-FEW_PROBES = {"zeroth_order": {"steps": 4, "probes": 1}}
+FEW_PROBES = {"zeroth_order": {"steps": 4, "probes": 1}, "smoothed": {"probes": 4}}
 """Options of gradients whose defaults are meant for patience."""
 
 
