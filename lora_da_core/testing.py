@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_core import testing_allocators, testing_estimators, testing_gradients, testing_solvers
+from lora_da_core import (
+    testing_allocators,
+    testing_estimators,
+    testing_gradients,
+    testing_regularizers,
+    testing_solvers,
+)
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, LayerFisher, RankAllocator, Solver
+from lora_da_core.interfaces import FisherEstimator, GradientEstimator, LayerFisher, RankAllocator, Regularizer, Solver
 from lora_da_core.operators import Dense, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.testing_data import Check, Tokens, collect, layer
@@ -152,11 +158,25 @@ def allocator_checks(cls: type[RankAllocator[Any]], *, options: Options = None) 
     return testing_allocators.checks(cls, options or {})
 
 
+def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) -> Iterator[Check]:
+    """What a regularizer must fulfil.
+
+    Args:
+        cls: The class.
+        options: Its options.
+
+    Returns:
+        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
+    """
+    return testing_regularizers.checks(cls, options or {})
+
+
 CHECKS_OF_KIND: dict[str, Callable[..., Iterator[Check]]] = {
     "estimator": estimator_checks,
     "gradient": gradient_checks,
     "solver": solver_checks,
     "allocator": allocator_checks,
+    "regularizer": regularizer_checks,
 }
 """The kinds of component that the kit knows, and their checks."""
 

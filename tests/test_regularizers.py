@@ -19,6 +19,7 @@ from lora_da_core.interfaces import LayerFisher
 from lora_da_core.operators import Diagonal, SymmetricOperator
 from lora_da_core.registry import Registry
 from lora_da_core.regularization import Penalty
+from lora_da_core.testing import regularizer_checks
 from lora_da_core.types import LoraFactors
 
 REGISTRY = Registry()
@@ -176,6 +177,39 @@ def test_forgetting_falls_as_the_penalty_grows(estimator: str, taught: dict[str,
     assert means == sorted(means, reverse=True), means
     assert means[0] - means[-1] > 0.2, means
     assert all(value < before - 1 for values in learnt.values() for value in values)
+
+
+# The conformance kit, and mutants it must reject
+
+
+@pytest.mark.parametrize(
+    "check", [pytest.param(run, id=n) for n, run in regularizer_checks(REGISTRY.resolve("regularizer", "laplace"))]
+)
+def test_contract(check: Any) -> None:
+    check()
+
+
+class Offset(REGISTRY.resolve("regularizer", "laplace")):  # type: ignore[misc]
+    """A penalty that is not 0 at the start."""
+
+    def penalty(self, *arguments: Any) -> Tensor:
+        return super().penalty(*arguments) + 1.0  # type: ignore[no-any-return]
+
+
+class Cut(REGISTRY.resolve("regularizer", "laplace")):  # type: ignore[misc]
+    """A penalty whose gradient is half of what it should be."""
+
+    def penalty(self, *arguments: Any) -> Tensor:
+        found = super().penalty(*arguments)
+        return 0.5 * found + 0.5 * found.detach()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"), [(Offset, "nothing_is_asked_at_the_start"), (Cut, "gradients_are_those_of_the_penalty")]
+)
+def test_the_kit_rejects_a_mutant(mutant: Any, check: str) -> None:
+    with pytest.raises(AssertionError):
+        dict(regularizer_checks(mutant))[check]()
 
 
 # Trainers
