@@ -33,7 +33,7 @@ from lora_da_core.adapter_targets import (
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
-from lora_da_core.types import LoraFactors
+from lora_da_core.types import Frozen, LoraFactors, Offset
 
 __all__ = [
     "Check",
@@ -338,7 +338,13 @@ def _check_written(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 
 
 def apply(
-    model: nn.Module, peft_config: LoraConfig, factors: Mapping[str, LoraFactors], adapter_name: str = "default"
+    model: nn.Module,
+    peft_config: LoraConfig,
+    factors: Mapping[str, LoraFactors],
+    adapter_name: str = "default",
+    *,
+    offset: Offset = "none",
+    frozen: Frozen = "none",
 ) -> PeftModel:
     """Wraps a base model with PEFT and writes the factors; on failure the model is unwrapped again.
 
@@ -347,6 +353,8 @@ def apply(
         peft_config: The LoRA configuration.
         factors: By module name.
         adapter_name: Name of the new adapter.
+        offset: As `settle` takes it.
+        frozen: As `settle` takes it.
 
     Returns:
         The PeftModel, as `peft.get_peft_model` returns it.
@@ -358,6 +366,7 @@ def apply(
         peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
     try:
         write(peft_model, state_dict(factors), adapter_name)
+        settle(peft_model, factors, adapter_name, offset=offset, frozen=frozen)
     except BaseException:
         peft_model.unload()
         for parameter, value in before:

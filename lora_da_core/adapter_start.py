@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import cast
 
@@ -18,16 +19,18 @@ OFFSET_ADAPTER = "lora_da_offset"
 """Name of the frozen adapter that takes the start out again."""
 
 
-def check_start(modules: Mapping[str, nn.Module], peft_config: LoraConfig, offset: Offset) -> None:
+def check_start(model: nn.Module, modules: Mapping[str, nn.Module], peft_config: LoraConfig, offset: Offset) -> None:
     """Refuses an offset that cannot be had, before any work.
 
     Args:
+        model: The base model, or a PeftModel.
         modules: The adapted base modules by name.
         peft_config: The LoRA configuration.
         offset: As in `LoraDAConfig`.
 
     Raises:
-        OptionError: Weights are packed, or the adapter's function is not W + scaling·B·A of one adapter.
+        OptionError: Weights are packed or shared, an offset is there already, or the adapter's function is not
+            W + scaling·B·A of one adapter.
     """
     if offset == "none":
         return
@@ -35,10 +38,18 @@ def check_start(modules: Mapping[str, nn.Module], peft_config: LoraConfig, offse
         raise OptionError(
             f"offset={offset!r} and DoRA do not go together: its magnitude depends on the base's weights."
         )
+    if isinstance(model, PeftModel) and OFFSET_ADAPTER in model.peft_config:
+        raise OptionError(f"the model has an adapter {OFFSET_ADAPTER!r} already; delete it first.")
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
         if offset == "base" and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise OptionError(f"offset='base': the weights of {name} are packed; use offset='frozen_adapter'.")
+        if offset == "base" and places[id(weight)] > 1:
+            raise OptionError(
+                f"offset='base': {name} shares its weights with another module, which would change with them; use "
+                "offset='frozen_adapter'."
+            )
 
 
 def settle(

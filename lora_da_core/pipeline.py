@@ -165,7 +165,7 @@ class Pipeline:
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
         self._check_ranks(model, targets.specs)
-        adapter.check_start(targets.modules, lora, self.config.offset)
+        adapter.check_start(model, targets.modules, lora, self.config.offset)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
         counts = label_counts(self.components.objective, taken)
         task = CaptureTask(
@@ -307,10 +307,8 @@ def get_lora_da_model(
     adapter.check_adapter_name(adapter_name)
     chosen = pipeline or build_pipeline()
     result = chosen.run(model, batches, peft_config)
-    wrapped = adapter.apply(model, get_lora_da_config(peft_config, result), result.factors, adapter_name)
-    start = chosen.config
-    adapter.settle(wrapped, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
-    return wrapped
+    fitted, start = get_lora_da_config(peft_config, result), chosen.config
+    return adapter.apply(model, fitted, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
 
 
 def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:

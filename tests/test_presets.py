@@ -288,6 +288,72 @@ def test_an_offset_is_refused_where_it_cannot_be_had(world: Path, tmp_path: Path
         pipeline("lora_ga", offset="base").run(make_tiny_llama(), data(), config(use_dora=True))
 
 
+def test_an_offset_is_refused_where_it_would_change_more_than_the_layer() -> None:
+    tied = make_tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(OptionError, match="shares its weights"):
+        pipeline("pissa", offset="base").run(tied, data(), config(target_modules=["lm_head"]))
+    built = pipeline("loi", offset="frozen_adapter")
+    wrapped = lora_da_core.get_lora_da_model(make_tiny_llama(), config(), data(), pipeline=built)
+    with pytest.raises(OptionError, match="already"):
+        lora_da_core.initialize_lora_da_weights(wrapped, data(), pipeline=built)
+
+
+def test_pissa_reads_weights_that_are_stored_transposed() -> None:
+    import tiny_models
+
+    def make() -> nn.Module:
+        return tiny_models.causal("GPT2", torch.float32)
+
+    given = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = factors_of(get_peft_model(make(), config(init_lora_weights="pissa", **given)))
+        ours = pipeline("pissa").run(make(), [tiny_models.continued()], config(**given)).factors
+    for name, pair in ours.items():
+        torch.testing.assert_close(pair.B @ pair.A, theirs[name].B @ theirs[name].A, rtol=1e-4, atol=1e-5)
+
+
+class Packed(nn.Linear):
+    """Weights as bytes and a scale, as quantized layers keep them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=True)
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.float(), self.weight.float() * self.scale, self.bias)
+
+
+def test_packed_weights_are_read_by_what_they_do() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.proj = Packed(nn.Linear(20, 12))
+            self.config = {"model_type": "custom"}
+
+        def forward(self, inputs: Tensor, **rest: Any) -> Tensor:
+            found: Tensor = self.proj(inputs)
+            return found
+
+    model = Model()
+    dense = model.proj.weight.float() * model.proj.scale
+    batch = {"inputs": torch.ones(8, 2, 20), "labels": torch.zeros(8, 2, dtype=torch.long)}
+    built = lora_da_core.build_pipeline(
+        preset="pissa", solver="eigh", objective=lambda m, b: m(b["inputs"]).mean((1, 2))
+    )
+    (pair,) = built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"])).factors.values()
+    u, values, vh = torch.linalg.svd(dense)
+    torch.testing.assert_close(pair.B @ pair.A, (u[:, :3] * values[:3]) @ vh[:3], rtol=1e-3, atol=1e-4)
+    with pytest.raises(OptionError, match="packed"):
+        from dataclasses import replace
+
+        built.config = replace(built.config, offset="base")
+        built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"]))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"pairing": "right_first", "scale": "auto"}, "no step to search"), ({"scale": "unit", "gamma": 2.0}, "gamma")],
@@ -334,3 +400,18 @@ def test_a_grid_runs_offsets_and_frozen_factors_alone_and_together(world: Path, 
     # EVA's B is zero, so it starts at the base's own loss, as an offset does.
     assert taken_out[0] == pytest.approx(eva[0], abs=1e-5) and plain[0] != pytest.approx(eva[0], abs=1e-5)
     assert frozen[0] == robust[0] and frozen[-1] != robust[-1]
+
+
+def test_a_failure_while_the_start_is_settled_leaves_the_model_as_found(
+    monkeypatch: pytest.MonkeyPatch, model_unchanged: Any
+) -> None:
+    from lora_da_core import adapter_start
+
+    def fail(*arguments: Any, **rest: Any) -> None:
+        raise RuntimeError("no room")
+
+    model = make_tiny_llama()
+    model_unchanged(model)
+    monkeypatch.setattr(adapter_start, "set_peft_model_state_dict", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        lora_da_core.get_lora_da_model(model, config(), data(), pipeline=pipeline("loi", offset="frozen_adapter"))

@@ -226,10 +226,9 @@ class GroupRun:
             self._starts[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
             return found
         fitted = adapter.allocated_config(lora, result.report.allocation)
-        wrapped = adapter.apply(space.model, fitted, result.factors)
         # The base is every cell's, so what is to be taken out of it is taken out beside it.
         offset: Offset = "none" if cell.config.offset == "none" else "frozen_adapter"
-        adapter.settle(wrapped, result.factors, "default", offset=offset, frozen=cell.config.frozen)
+        wrapped = adapter.apply(space.model, fitted, result.factors, offset=offset, frozen=cell.config.frozen)
         try:
             return found | self._finetuned(cell, wrapped)
         finally:
