@@ -24,7 +24,7 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_
 PLUGINS: dict[str, tuple[dict[str, Any], float]] = {
     "odelora": ({"method": "euler"}, 0.3),
     "riemannion": ({}, 0.03),
-    "rac_lora": ({"every": 5, "sampled": "A", "restart": "data", "samples": 16}, 1e-3),
+    "rac_lora": ({"every": 4, "sampled": "A"}, 1e-2),
     "laplace": ({"strength": 1e4}, 1e-3),
 }
 """Options and learning rate."""
