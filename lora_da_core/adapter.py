@@ -15,18 +15,15 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter_factors import PREFIX, as_stored, factor_parameters, fault, lora_layers
 from lora_da_core.adapter_targets import (
-    PREFIX,
     Targets,
     adapters_disabled,
     base_of,
     check_saved_modules,
     chosen_config,
     config_of,
-    factor_parameters,
-    fault,
     is_peft_model,
-    lora_layers,
     resolve_targets,
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
@@ -38,6 +35,7 @@ __all__ = [
     "Targets",
     "adapters_disabled",
     "apply",
+    "as_stored",
     "base_digests",
     "base_of",
     "check_adapter_name",
@@ -122,8 +120,9 @@ def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """
     state = {}
     for name, pair in factors.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        state[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+        key_a, key_b = pair.keys or (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+        state[PREFIX + key_a] = pair.A
+        state[PREFIX + key_b] = pair.B
     return state
 
 
@@ -143,7 +142,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
     """
     check_config(config_of(model, adapter_name))
     check_saved_modules(model, adapter_name)
-    _same_keys(factor_parameters(model, adapter_name), state, adapter_name)
+    _same_keys(factor_parameters(model.get_base_model(), adapter_name), state, adapter_name)
     layers = [layer for layer in lora_layers(model.get_base_model()).values() if adapter_name in layer.scaling]
     tokens = [module for module in model.modules() if _trains_tokens(module, adapter_name)]
     before = [saved for layer in (*layers, *tokens) for saved in _snapshot(layer, adapter_name)]
@@ -155,7 +154,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
         complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         complete.update(state)
         set_peft_model_state_dict(model, complete, adapter_name=adapter_name)
-        _check_written(factor_parameters(model, adapter_name), state)
+        _check_written(factor_parameters(model.get_base_model(), adapter_name), state)
         for layer in layers:
             if not fault(layer, adapter_name):
                 _complete(layer, adapter_name)

@@ -221,33 +221,6 @@ def test_watching_the_head_keeps_every_position(batches: list[dict[str, Any]]) -
     }
 
 
-class PartlySharing(nn.Module):
-    """`twice` runs on two tensors, `once` on the first of them alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.twice = nn.Linear(6, 6)
-        self.once = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11)
-
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
-        first = self.embed(input_ids)
-        second = first.tanh()
-        return (self.head(self.twice(first) + self.twice(second) + self.once(first)),)
-
-
-def test_layers_that_share_only_some_of_their_inputs_are_refused(model_unchanged: Watch) -> None:
-    with torch.random.fork_rng(devices=[]):
-        model = PartlySharing()
-    model_unchanged(model)
-    ids = torch.arange(8).reshape(2, 4)
-    with pytest.raises(lora_da_core.ModelError, match="only some of the inputs that it shares"):
-        lora_da_core.build_pipeline().run(
-            model, [{"input_ids": ids, "labels": ids}], LoraConfig(r=1, target_modules=["twice", "once"])
-        )
-
-
 class Doubled(nn.Module):
     """A layer used once, and one used twice."""
 
@@ -282,7 +255,7 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         run = capture._Run(task, torch.Generator())
         if label == "forward":
             assert not task.needs_backward
-            with run.hooks():
+            with run.taps():
                 run.find_single_uses(batches)
             assert run._single_uses == {"once"}
         found[label] = capture.collect(task, batches, generator=torch.Generator())
