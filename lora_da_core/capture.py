@@ -19,6 +19,7 @@ from lora_da_core.blame import blamed
 from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call, watched
+from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.modes import first_non_finite_module, prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
@@ -94,6 +95,8 @@ def collect(
     with prepared(task.model), task.base_only(), run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
+        elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
+            run.find_scale(batches)
         for index in range(task.estimator.passes):
             for number, batch in enumerate(batches):
                 run.batch(index, number, batch)
@@ -119,6 +122,8 @@ class _Run:
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False
         self._counting = False
         self._single_uses: frozenset[str] = frozenset()
+        self._scale = 1.0
+        self._largest: list[Tensor] | None = None
 
     def find_single_uses(self, batches: Sequence[Batch]) -> None:
         """Runs one sample forward to see which layers are used once.
@@ -135,6 +140,26 @@ class _Run:
             self._single_uses = frozenset(name for name, uses in self._batch.uses.items() if uses == 1)
         finally:
             self._batch, self._counting = None, False
+
+    def find_scale(self, batches: Sequence[Batch]) -> None:
+        """Chooses what losses are multiplied by, from the first batch: float16 would lose small gradients."""
+        part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
+        on_device, samples = to_device(part, self.task.device), len(part["labels"])
+
+        def largest_gradient(scale: float) -> float:
+            self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self.task.device), []
+            try:
+                with torch.enable_grad(), self._blamed("objective"):
+                    losses = self.task.objective.losses(self.task.model, on_device)
+                if not losses.requires_grad:
+                    return 0.0  # the first batch will tell why
+                (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+                found = torch.stack([each.to(self.task.device) for each in self._largest] or [losses.new_zeros(())])
+                return float(found.max())
+            finally:
+                self._batch, self._largest = None, None
+
+        self._scale = find_loss_scale(largest_gradient)
 
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
         device, dtype = self.task.device_of(spec.name), self.task.dtype_of(spec)
@@ -225,7 +250,7 @@ class _Run:
                     raise self._not_finite(losses_of, losses, number)
                 if self.task.needs_backward:
                     self._check_graph(losses)
-                    losses.sum().backward()  # type: ignore[no-untyped-call]
+                    (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]
             for name in list(self._batch.waiting):
                 self._flush(name)
             self._check_gradients(number)
@@ -274,6 +299,10 @@ class _Run:
         tokens = self._batch
         if tokens is None:
             return
+        if self._largest is not None:
+            if output_grads is not None and output_grads.numel():
+                self._largest.append(output_grads.abs().amax().float())
+            return
         waiting = tokens.waiting.setdefault(use.layer, [])
         waiting.append((use, inputs, output_grads))
         uses = tokens.uses[use.layer]
@@ -293,7 +322,7 @@ class _Run:
         uses, blocks, gradients = zip(*ledger.waiting.pop(name), strict=True)
         rows = [kind.rows(module, x.detach(), g) for x, g in zip(blocks, gradients, strict=True)]
         inputs = _joined([x for x, _ in rows])
-        output_grads = _joined([g for _, g in rows if g is not None])
+        output_grads = _joined([g if self._scale == 1 else g.float() / self._scale for _, g in rows if g is not None])
         assert inputs is not None
         if output_grads is not None:
             ledger.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))

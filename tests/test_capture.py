@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -265,3 +266,18 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         assert ours.tokens == theirs.tokens == ids.numel() * (1 if name == "once" else 2)
         for key, value in theirs.input.items():
             torch.testing.assert_close(ours.input[key], value)
+
+
+def test_small_gradients_survive_float16(batches: list[dict[str, Any]]) -> None:
+    half = make_tiny_llama()
+    with torch.no_grad():
+        half.lm_head.weight.mul_(2.0**-14)  # gradients of the order of 1e-8, below what float16 holds
+    half = half.to(torch.float16)
+    found, expected = collect(half, batches), collect(copy.deepcopy(half).double(), batches)
+    for name, layer in expected.layers.items():
+        ours, theirs = found.layers[name].gradient, layer.gradient
+        assert ours is not None and theirs is not None
+        a, b = ours.statistics()["gradient"].double().flatten(), theirs.statistics()["gradient"].flatten()
+        assert float((b / batches[0]["labels"].numel()).abs().max()) < 2.0**-14
+        assert float(functional.cosine_similarity(a, b, dim=0)) > 0.995, name
+        assert float(a.norm() / b.norm()) == pytest.approx(1, abs=0.05), name
