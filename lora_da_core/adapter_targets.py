@@ -141,8 +141,12 @@ def resolve_targets(
         TargetError: Nothing matches, or a match cannot be initialised; the message names it.
         OptionError: The configuration asks PEFT for an initialisation that would change the base.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TargetError("the model is compiled; pass the model that was given to torch.compile (model._orig_mod).")
+    compiled = next((n for n, m in model.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)), None)
+    if compiled is not None:
+        raise TargetError(
+            f"{f'its part {compiled}' if compiled else 'the model'} is compiled; pass the model with what was given to "
+            "torch.compile (`._orig_mod`) in its place, or compile in place by `.compile()`."
+        )
     check_config(peft_config)
     check_saved_modules(model, adapter_name)
     base = base_of(model)

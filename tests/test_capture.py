@@ -281,3 +281,23 @@ def test_small_gradients_survive_float16(batches: list[dict[str, Any]]) -> None:
         assert float((b / batches[0]["labels"].numel()).abs().max()) < 2.0**-14
         assert float(functional.cosine_similarity(a, b, dim=0)) > 0.995, name
         assert float(a.norm() / b.norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_what_was_compiled_in_place_runs_as_written_and_is_compiled_again_afterwards(
+    batches: list[dict[str, Any]],
+) -> None:
+    model = make_tiny_llama(torch.float64)
+    expected = sums(collect(model, batches))
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    code = [layer._compiled_call_impl for layer in model.model.layers]
+    found = sums(collect(model, batches))
+    assert not calls
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert [layer._compiled_call_impl for layer in model.model.layers] == code and all(code)

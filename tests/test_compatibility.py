@@ -282,7 +282,11 @@ SITUATIONS = {
         "pass a PeftModel",
         "test_merged_mixed_and_compiled_models",
     ),
-    "a model of `torch.compile`": ("refused", "pass the original", "test_merged_mixed_and_compiled_models"),
+    "a model of `torch.compile`, or a part": (
+        "refused",
+        "pass the original; what `.compile()` compiled in place runs as it is written while statistics are taken",
+        "test_merged_mixed_and_compiled_models",
+    ),
 }
 
 NEUTRAL = {
@@ -634,7 +638,7 @@ def test_an_adapter_that_changed_the_base_is_refused(init: str, model_unchanged:
             entry()
 
 
-@pytest.mark.parametrize("kind", ["wrapped", "merged", "mixed", "injected", "compiled"])
+@pytest.mark.parametrize("kind", ["wrapped", "merged", "mixed", "injected", "compiled", "partly compiled"])
 def test_merged_mixed_and_compiled_models(kind: str) -> None:
     model, given = make_tiny_llama(), lora()
     if kind in ("wrapped", "merged"):
@@ -647,7 +651,10 @@ def test_merged_mixed_and_compiled_models(kind: str) -> None:
         peft.inject_adapter_in_model(given, model)
     elif kind == "compiled":
         model = torch.compile(model)  # type: ignore[assignment]
+    elif kind == "partly compiled":
+        model.model.layers[1] = torch.compile(model.model.layers[1])  # type: ignore[assignment]
     messages = {
+        "partly compiled": r"its part model\.layers\.1 is compiled",
         "wrapped": "PeftModel already; use initialize_lora_da_weights",
         "merged": "unmerge_adapter",
         "compiled": "the model is compiled",
