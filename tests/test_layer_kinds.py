@@ -18,7 +18,7 @@ import lora_da_core
 from lora_da_core import LoraDAConfig, TargetError, adapter, capture
 from lora_da_core.capture import CaptureTask
 from lora_da_core.running_sums import Statistics
-from tiny_models import PAD, VOCABULARY, continued, made
+from tiny_models import PAD, VOCABULARY, causal, continued, made
 
 Batches = list[dict[str, Tensor]]
 
@@ -271,6 +271,38 @@ def test_an_expert_that_saw_no_token_is_named_and_left_at_the_default(tmp_path: 
     clean = mixture("Mixtral", num_local_experts=4)
     clean.load_state_dict(weights)
     assert [check for check in adapter.verify(tmp_path, clean, result.report, inputs) if not check.passed] == []
+
+
+def gradients(statistics: Statistics) -> dict[str, Tensor]:
+    found = {name: layer.gradient for name, layer in statistics.layers.items() if layer.group is not None}
+    return {name: taken.statistics()["gradient"] for name, taken in found.items() if taken is not None}
+
+
+def test_statistics_do_not_depend_on_how_experts_are_implemented() -> None:
+    eager, grouped = mixture("Mixtral").float(), mixture("Mixtral").float()
+    grouped.set_experts_implementation("grouped_mm")
+    expected = gradients(statistics_of(eager, experts_config(), [continued()]))
+    found = gradients(statistics_of(grouped, experts_config(), [continued()]))
+    assert grouped.config._experts_implementation == "grouped_mm"
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_and_checkpointing_change_nothing(attention: str, checkpointing: bool) -> None:
+    config = LoraConfig(r=2, target_modules="all-linear")
+    expected = gradients(statistics_of(causal("Llama"), config, [continued()]))
+    model = causal("Llama")
+    model.set_attn_implementation(attention)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    found = gradients(statistics_of(model, config, [continued()]))
+    assert model.training == checkpointing and model.is_gradient_checkpointing == checkpointing
+    # Transformers' eager attention takes its softmax in float32, whatever the model's dtype.
+    rtol, atol = (1e-3, 1e-6) if attention == "eager" else (1e-9, 1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol)
 
 
 def test_other_bare_parameters_are_refused() -> None:
