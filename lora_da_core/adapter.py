@@ -16,19 +16,16 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter_factors import PREFIX, as_stored, factor_parameters, fault, lora_layers, saved_keys
 from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
-    PREFIX,
     Targets,
     adapters_disabled,
     base_of,
     check_saved_modules,
     chosen_config,
     config_of,
-    factor_parameters,
-    fault,
     is_peft_model,
-    lora_layers,
     resolve_targets,
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
@@ -41,6 +38,7 @@ __all__ = [
     "adapters_disabled",
     "allocated_config",
     "apply",
+    "as_stored",
     "base_digests",
     "base_of",
     "check_adapter_name",
@@ -155,8 +153,8 @@ def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """
     state = {}
     for name, pair in factors.items():
-        state[f"{PREFIX}{name}{A_KEY}"] = pair.A
-        state[f"{PREFIX}{name}{B_KEY}"] = pair.B
+        key_a, key_b = saved_keys(name, pair)
+        state[key_a], state[key_b] = pair.A, pair.B
     return state
 
 
@@ -172,7 +170,7 @@ def factor_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Para
     """
     config_of(model, adapter_name)
     assert isinstance(model, PeftModel)
-    found = factor_parameters(model, adapter_name)
+    found = factor_parameters(model.get_base_model(), adapter_name)
     names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in found if key.endswith(A_KEY)]
     return {name: (found[f"{PREFIX}{name}{A_KEY}"], found[f"{PREFIX}{name}{B_KEY}"]) for name in names}
 
@@ -189,7 +187,8 @@ def pair_in(state: Mapping[str, Tensor], name: str, *, like: tuple[Tensor, Tenso
         The factors.
     """
     keys = (f"{PREFIX}{name}{A_KEY}", f"{PREFIX}{name}{B_KEY}")
-    return LoraFactors(*(state[key].detach().to(part, copy=True) for key, part in zip(keys, like, strict=True)))
+    a, b = (state[key].detach().to(part, copy=True) for key, part in zip(keys, like, strict=True))
+    return LoraFactors(a, b)
 
 
 def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:
@@ -208,7 +207,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
     """
     check_config(config_of(model, adapter_name))
     check_saved_modules(model, adapter_name)
-    _same_keys(factor_parameters(model, adapter_name), state, adapter_name)
+    _same_keys(factor_parameters(model.get_base_model(), adapter_name), state, adapter_name)
     layers = [layer for layer in lora_layers(model.get_base_model()).values() if adapter_name in layer.scaling]
     tokens = [module for module in model.modules() if _trains_tokens(module, adapter_name)]
     before = [saved for layer in (*layers, *tokens) for saved in _snapshot(layer, adapter_name)]
@@ -220,7 +219,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
         complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         complete.update(state)
         set_peft_model_state_dict(model, complete, adapter_name=adapter_name)
-        _check_written(factor_parameters(model, adapter_name), state)
+        _check_written(factor_parameters(model.get_base_model(), adapter_name), state)
         for layer in layers:
             if not fault(layer, adapter_name):
                 _complete(layer, adapter_name)

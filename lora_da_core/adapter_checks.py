@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_da_core.adapter_targets import PREFIX, base_of, factor_parameters
+from lora_da_core.adapter_factors import held_factors
+from lora_da_core.adapter_targets import base_of
 from lora_da_core.errors import AdapterError
 from lora_da_core.types import RunReport
 
@@ -55,7 +56,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
         if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
-                name = name.replace(wrapper, ".")
+                while wrapper in name:  # what wraps several parameters of one module is nested
+                    name = name.replace(wrapper, ".")
             yield name, parameter
 
 
@@ -82,22 +84,24 @@ def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[
     except Exception as error:
         raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
     loaded.eval()
-    parameters = factor_parameters(loaded, "default")
-    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in report.layers}
-    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in report.layers})
-    wrong = [key for key, value in expected.items() if key not in parameters or digest(parameters[key]) != value]
-    default = sorted(set(parameters) - set(expected))
+    held = held_factors(loaded.get_base_model(), "default")
+    reported = {layer.name: (layer.digest_A, layer.digest_B) for layer in report.layers}
+    found = {name: (digest(pair.A), digest(pair.B)) for name, (_, pair) in held.items()}
+    wrong = [name for name, digests in reported.items() if found.get(name) != digests]
+    # Of fused experts some may have seen no data.
+    stored = {name: spec.name if spec.stored is None else spec.stored.name for name, (spec, _) in held.items()}
+    default = sorted(set(stored.values()) - {stored[name] for name in reported if name in stored})
     after = base_digests(loaded)
     changed = [name for name, value in digests.items() if after.get(name) != value]
     with loaded.disable_adapter():
         disabled = _logits(loaded, batch)
     moved = float((_logits(loaded, batch) - before).abs().max())
     return [
-        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(expected), "tensors")),
+        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(reported), "layers")),
         Check(
             "no module that can be initialised is left at its default",
             not default,
-            _listed(default, len(parameters), "tensors"),
+            _listed(default, len(set(stored.values())), "modules"),
         ),
         Check("the base is the one the run saw", seen == report.base, "by fingerprint"),
         Check("base weights bitwise unchanged", not changed, _listed(changed, len(digests), "weights")),

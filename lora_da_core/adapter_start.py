@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_targets import PREFIX, lora_layers
+from lora_da_core.adapter_factors import lora_layers, saved_keys
 from lora_da_core.errors import OptionError
 from lora_da_core.types import Frozen, LoraFactors, Offset
 
@@ -43,6 +43,8 @@ def check_start(model: nn.Module, modules: Mapping[str, nn.Module], peft_config:
     places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, module in modules.items():
         weight = getattr(module, "weight", None)
+        if weight is None:
+            raise OptionError(f"offset={offset!r}: {name} is no single weight that could take it; exclude it.")
         if offset == "base" and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise OptionError(f"offset='base': the weights of {name} are packed; use offset='frozen_adapter'.")
         if offset == "base" and places[id(weight)] > 1:
@@ -85,8 +87,8 @@ def _add_offset(model: PeftModel, factors: Mapping[str, LoraFactors], adapter_na
         model.add_adapter(OFFSET_ADAPTER, copy.deepcopy(model.peft_config[adapter_name]))
     state = {}
     for name, pair in factors.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        state[f"{PREFIX}{name}.lora_B.weight"] = -pair.B
+        key_a, key_b = saved_keys(name, pair)
+        state[key_a], state[key_b] = pair.A, -pair.B
     set_peft_model_state_dict(model, state, adapter_name=OFFSET_ADAPTER)
     model.base_model.set_adapter([adapter_name, OFFSET_ADAPTER])
     for name, parameter in model.named_parameters():

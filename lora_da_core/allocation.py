@@ -35,12 +35,18 @@ class Allocation:
         specs: The layers at their configured ranks; their scaling stays as it is, whatever the ranks become.
 
     Raises:
-        OptionError: The smallest ranks alone exceed the budget, or a layer's sizes.
+        OptionError: The smallest ranks alone exceed the budget, or a layer's sizes; experts, which share one rank.
         PluginError: The allocator raised.
     """
 
     def __init__(self, registry: Registry, allocator: RankAllocator[Any], specs: Sequence[LayerSpec]) -> None:
         self._registry, self._allocator, self._specs = registry, allocator, tuple(specs)
+        experts = [spec.name for spec in specs if spec.expert is not None]
+        if experts:
+            raise OptionError(
+                f"allocator {allocator.name!r}: {experts[0]} and the experts beside it have one rank in PEFT, so ranks "
+                "cannot be shared out among them; leave target_parameters out, or the allocator."
+            )
         with self._blamed():
             self._least = allocator.smallest_rank
             self._wanted = {spec.name: allocator.largest_rank(spec) for spec in specs}

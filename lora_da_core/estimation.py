@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lora_da_core import capture
 from lora_da_core.blame import blamed
-from lora_da_core.capture import CaptureTask, Progress, Statistics
+from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.errors import DataError, LoraDAError, PluginError
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
+from lora_da_core.running_sums import Statistics
 from lora_da_core.types import Batch, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -133,17 +134,42 @@ def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str
         DataError: A layer saw fewer tokens than its rank.
     """
     for spec in specs:
-        tokens = statistics.layers[spec.name].tokens
-        if tokens < spec.rank:
+        tokens = statistics.tokens_of(spec.name)
+        if tokens < spec.rank and spec.expert is None:
             raise DataError(
                 f"layer {spec.name}: {tokens} tokens count for the Fisher, fewer than the rank {spec.rank}. "
                 "Give more samples, a smaller rank, or token_mask='attention'."
             )
-    fewest = min(specs, key=lambda spec: statistics.layers[spec.name].tokens / spec.rank)
-    tokens, wanted = statistics.layers[fewest.name].tokens, FEW_TOKENS_PER_RANK * fewest.rank
+    used, _ = with_enough_tokens(specs, statistics)
+    fewest = min(used, key=lambda spec: statistics.tokens_of(spec.name) / spec.rank)
+    tokens, wanted = statistics.tokens_of(fewest.name), FEW_TOKENS_PER_RANK * fewest.rank
     if tokens >= wanted:
         return []
     return [f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; give at least {wanted}"]
+
+
+def with_enough_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> tuple[list[LayerSpec], list[str]]:
+    """The layers that can be initialised: of experts, those that tokens were routed to.
+
+    Args:
+        specs: The layers with their ranks.
+        statistics: The counts.
+
+    Returns:
+        The layers that saw at least as many tokens as their rank, and what is to be said of the others.
+
+    Raises:
+        DataError: There is none.
+    """
+    kept = [spec for spec in specs if statistics.tokens_of(spec.name) >= spec.rank]
+    left = [spec for spec in specs if statistics.tokens_of(spec.name) < spec.rank]
+    if not kept:
+        raise DataError(f"none of {len(specs)} experts saw as many tokens as its rank; give more samples.")
+    return kept, [
+        f"left at PEFT's own initialisation: {spec.name} ({statistics.tokens_of(spec.name)} tokens that count were "
+        f"routed to this expert, fewer than the rank {spec.rank})"
+        for spec in left
+    ]
 
 
 def sample_notes(counts: Tensor) -> list[str]:
@@ -182,5 +208,5 @@ def _gradient_sums(
             raise
         except Exception as error:
             raise PluginError(f"{_named_gradient(task)} raised: {type(error).__name__}: {error}") from error
-    taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+    taps = {name: layer.gradient for name, layer in statistics.layers.items() if layer.group is not None}
     return {name: tap.statistics() for name, tap in taps.items() if tap is not None}

@@ -11,15 +11,15 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.capture import Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.estimation import Estimates, estimate
+from lora_da_core.errors import DataError
+from lora_da_core.estimation import Estimates, estimate, with_enough_tokens
 from lora_da_core.omega import WeightStep, fixed_factors, of_norm, paired, stable_factors, unit_step
-from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.operators import LinearMap
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import Sizing
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
@@ -67,9 +67,15 @@ class Finish:
         Returns:
             The factors and the report.
         """
+        from lora_da_core import adapter
+
         self.notes, self.seconds, self.allocation = [*estimates.notes], dict(estimates.seconds), {}
+        everything = specs
+        specs, left = with_enough_tokens(everything, estimates.statistics)
+        for note in left:
+            self._note(note)
         first = replace(estimates, task=replace(estimates.task, specs=specs))
-        dtypes = {spec.name: _factor_dtype(first.task.modules[spec.name]) for spec in specs}
+        dtypes = {spec.name: first.task.dtype_of(spec) for spec in specs}
         if self.config.automatic_scale:
             rounds, factors, scale = self._searched(first, dtypes)
         else:
@@ -81,7 +87,8 @@ class Finish:
         for report in reports:
             for fault in self.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
-        return LoraDAResult(factors, self._report(reports, rounds, scale))
+        stored = adapter.as_stored(everything, factors, self.config.seed)
+        return LoraDAResult(stored, self._report(reports, rounds, scale))
 
     def _scaled(
         self, solved: _Round, dtypes: Mapping[str, torch.dtype]
@@ -141,6 +148,9 @@ class Finish:
     ) -> Estimates:
         task = replace(first.task, changes=changes)
         found = estimate(task, batches, self.config.seed + number, self.on_progress)
+        _, left = with_enough_tokens(task.specs, found.statistics)
+        if left:
+            raise DataError(f"in round {number + 1}: {left[0]}. Give more samples, or fewer rounds.")
         for phase, seconds in found.seconds.items():
             self.seconds[phase] += seconds
         self.notes += [note for note in found.notes if note not in self.notes]
@@ -190,8 +200,9 @@ class Finish:
 
         # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
         by_group: dict[str, list[str]] = {}
-        for name, layer in statistics.layers.items():
-            by_group.setdefault(layer.group.leader if layer.group else name, []).append(name)
+        for name in specs:
+            group = statistics.layers[name].group
+            by_group.setdefault(group.leader if group else name, []).append(name)
         for names in by_group.values():
             for name in names:
                 fisher = replace(statistics.of_layer(name), spec=specs[name])
@@ -283,8 +294,3 @@ def _start_notes(config: LoraDAConfig) -> list[str]:
         else [f"offset={config.offset}: scaling·B·A is taken out again {places[config.offset]}"]
     )
     return notes if config.frozen == "none" else [*notes, "A is frozen in training; a saved adapter cannot say so"]
-
-
-def _factor_dtype(module: nn.Module) -> torch.dtype:
-    weight = getattr(module, "weight", None)
-    return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)

@@ -287,7 +287,7 @@ class _Layers:
 
     def _layer(self, spec: LayerSpec, module: nn.Module, probe: WorkspaceProbe) -> LayerBytes:
         parts, registry, workload = self.pipeline.components, self.pipeline.registry, self.workload
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, spec.parameter, None)
         # The weights of a quantized layer are no floating numbers; its inputs are.
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.bfloat16
         itemsize = accumulation_dtype(dtype).itemsize

@@ -12,17 +12,25 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen weights, put back as found whatever happens."""
+    """Evaluation mode, frozen weights and no compiled code, put back as found whatever happens.
+
+    What `module.compile()` has compiled runs as it is written meanwhile: compiled code would not see new hooks.
+    """
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        for module, _ in compiled:
+            module._compiled_call_impl = None
         for parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, code in compiled:
+            module._compiled_call_impl = code
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 

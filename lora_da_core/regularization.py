@@ -108,7 +108,7 @@ def penalty_of(
         The penalty.
 
     Raises:
-        OptionError: The start has other layers than the adapter.
+        OptionError: The start has other layers than the adapter, or a layer is not linear.
         LoraDAError: As `Pipeline.estimate`.
     """
     from lora_da_core import adapter
@@ -118,6 +118,9 @@ def penalty_of(
     estimates = chosen.estimate(model, batches, adapter_name=adapter_name, cache_dir=cache_dir)
     parameters = adapter.factor_pairs(model, adapter_name)
     names = [spec.name for spec in estimates.task.specs]
+    other = [spec.name for spec in estimates.task.specs if spec.kind not in ("linear", "conv1d")]
+    if other:
+        raise OptionError(f"a penalty covers linear layers; {other[0]} is none: exclude it with exclude_modules.")
     state = adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names}) if start is None else start
     if set(state) != set(adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names})):
         raise OptionError("start holds the factors of other layers than the adapter has; give start_state_dict()'s.")

@@ -26,16 +26,35 @@ Unsupported = Literal["error", "default"]
 
 
 @dataclass(frozen=True)
+class StoredFactors:
+    """Where an adapter keeps a layer's A and B.
+
+    Attributes:
+        name: Module name, or the parameter's, where a bare parameter is adapted; layers of one name, experts, are
+            stored together.
+        keys: Names of A and B in the adapter's file, below PEFT's prefix.
+        shapes: Shapes of A and B as they are stored.
+    """
+
+    name: str
+    keys: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One adapted layer y = Wx, as PEFT will adapt it.
 
     Attributes:
-        name: Module name in the base model, without PEFT's prefixes.
+        name: Module name in the base model, without PEFT's prefixes; of an expert `<module>.<parameter>.<number>`.
         kind: How the module stores its weight, e.g. `"linear"`.
         in_features: Size of x.
         out_features: Size of y.
         rank: PEFT's rank r for this layer, `rank_pattern` applied.
         scaling: PEFT's factor on B·A, `alpha_pattern` and rsLoRA applied.
+        parameter: Name of the weight in its module.
+        expert: Which expert of a stacked weight the layer is; None where the weight is its own.
+        stored: How the adapter keeps its factors; None where as A (r, in) and B (out, r) of the module.
     """
 
     name: str
@@ -44,6 +63,9 @@ class LayerSpec:
     out_features: int
     rank: int
     scaling: float
+    parameter: str = "weight"
+    expert: int | None = None
+    stored: StoredFactors | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +148,18 @@ class LayerSpectrum:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """LoRA's two factors as stored in the adapter, before PEFT's scaling: A (r, in), B (out, r)."""
+    """LoRA's two factors as stored in the adapter, before PEFT's scaling.
+
+    Attributes:
+        A: (r, in); of a convolution (r, channels, height, width), of fused experts (experts·r, in), expert by expert.
+        B: (out, r); of a convolution (out, r, 1, 1), of fused experts (out, r·experts), the experts of one row of A
+            beside each other.
+        keys: Names in the adapter's file, below PEFT's prefix; None where `<module>.lora_A.weight` and the like.
+    """
 
     A: Tensor
     B: Tensor
+    keys: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +246,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class LoraDAResult:
-    """The factors of every layer, by module name, and the report of how they came about."""
+    """The factors by name of the module, or of a fused experts' parameter, and the report of how they came about."""
 
     factors: Mapping[str, LoraFactors]
     report: RunReport
