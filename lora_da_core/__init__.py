@@ -22,6 +22,7 @@ from lora_da_core.pipeline import (
     get_lora_da_state_dict,
     initialize_lora_da_weights,
 )
+from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import list_plugins
 from lora_da_core.trainer import init_before_training
 from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
@@ -53,4 +54,5 @@ __all__ = [
     "init_before_training",
     "initialize_lora_da_weights",
     "list_plugins",
+    "preference_batches",
 ]
