@@ -23,6 +23,7 @@ from lora_da_core.pipeline import (
     get_lora_da_state_dict,
     initialize_lora_da_weights,
 )
+from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import list_plugins
 from lora_da_core.regularization import Penalty, penalty_of, regularize_training
 from lora_da_core.trainer import init_before_training
@@ -58,5 +59,6 @@ __all__ = [
     "initialize_lora_da_weights",
     "list_plugins",
     "penalty_of",
+    "preference_batches",
     "regularize_training",
 ]

@@ -31,6 +31,9 @@ class Check:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, whatever its device."""
+    parts = _parts(tensor)
+    if parts is not None:
+        return hashlib.sha256("".join(map(digest, parts)).encode()).hexdigest()
     data = tensor.detach().cpu().contiguous().view(-1)
     return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
@@ -41,9 +44,19 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(_base_parameters(model)):
         whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
+            for part in _parts(parameter) or [parameter]:
+                flat = part.detach().reshape(-1)
+                whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
     return whole.hexdigest()
+
+
+def _parts(tensor: Tensor) -> list[Tensor] | None:
+    """The plain tensors of one that packs several, as torchao's codes and scales, by torch's subclass protocol."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    inner = [getattr(tensor, name) for name in flatten()[0]]
+    return [part for found in inner for part in (_parts(found) or [found])]
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from lora_da_core import capture
+from lora_da_core.batches import to_device
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.errors import DataError, LoraDAError, PluginError
+from lora_da_core.interfaces import Objective
+from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.running_sums import Statistics
@@ -118,6 +121,30 @@ def estimate(
     for note in notes:
         logger.warning("%s", note)
     return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
+
+
+def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
+    """What the objective asks of the unchanged model, added to the batches.
+
+    Args:
+        task: Model and objective.
+        batches: The batches.
+
+    Returns:
+        The batches themselves where the objective adds nothing, else completed ones, on the CPU.
+
+    Raises:
+        PluginError: The objective raised.
+    """
+    objective = task.objective
+    if type(objective).complete is Objective.complete:
+        return batches
+    origin = task.origins.get("objective", "unknown distribution")
+    with prepared(task.model), task.base_only(), torch.no_grad(), blamed(f"objective {objective.name!r} ({origin})"):
+        return [
+            to_device(objective.complete(task.model, to_device(batch, task.device)), torch.device("cpu"))
+            for batch in batches
+        ]
 
 
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:

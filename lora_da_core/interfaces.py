@@ -252,6 +252,18 @@ class Objective(Component[OptionsT]):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-sample losses (samples,), each the mean over that sample's own label tokens."""
 
+    def complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """Adds what only the model at its start can say, such as a reference's log-probabilities; asked once per batch.
+
+        Args:
+            model: The base function, in evaluation mode, without a graph.
+            batch: On the model's device.
+
+        Returns:
+            The batch, what was added having one row per sample; as it is where nothing is missing.
+        """
+        return batch
+
     @abstractmethod
     def label_counts(self, batch: Batch) -> Tensor:
         """How many labels each sample's loss averages over, (samples,); 0 says there is nothing to learn."""

@@ -20,10 +20,11 @@ from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.estimation import Estimates, check_tokens, estimate, sample_notes
+from lora_da_core.estimation import Estimates, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
+from lora_da_core.modes import quantization_notes
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
@@ -179,8 +180,9 @@ class Pipeline:
             base_only=partial(adapter.adapters_disabled, model),
             origins=self.components.origins(self.registry),
         )
+        taken, unseen = complete(task, taken), complete(task, unseen)
         first, *later = divided(taken, self.config.rounds)
-        notes = [*targets.notes, *sample_notes(counts)]
+        notes = [*targets.notes, *quantization_notes(targets.modules), *sample_notes(counts)]
         for note in notes:
             logger.warning("%s", note)
         compute = partial(estimate, task, first, self.config.seed, on_progress)
