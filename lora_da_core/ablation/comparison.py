@@ -12,7 +12,6 @@ from typing import Any, Final
 from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, CONFIG_AXES
 from lora_da_core.ablation.results import DONE, Record
 from lora_da_core.config import NO_ALLOCATOR
-from lora_da_core.pipeline import DEFAULT_PRESET
 from lora_da_core.report import number
 
 CONFIDENCE: Final = 0.95
@@ -294,7 +293,7 @@ class _Wording:
         if record["baseline"] is not None:
             return f"PEFT {record['baseline']}"
         preset = record.get("preset")
-        parts = [str(preset)] if self.presets and preset != DEFAULT_PRESET else []
+        parts = [str(preset)] if self.presets else []
         named = [self._component(record, kind) for kind in COMPONENTS if kind == "estimator" or self._touches(kind)]
         parts += [component for component in named if component != NO_ALLOCATOR]
         for setting in _settings():
