@@ -27,7 +27,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from benchmarks.evidence import use_fused_kernels
+from benchmarks.evidence import share_threads, use_fused_kernels
 from lora_da_core import adapter, build_pipeline
 from lora_da_core.ablation import read_grid, stacked
 from lora_da_core.ablation.finetune import rate_factor, seeded
@@ -254,6 +254,7 @@ def main() -> None:
     names = options.only or list(CANDIDATES)
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
+    share_threads(options.processes)
     spawn = multiprocessing.get_context("spawn")
     work = partial(_one_seed, options.grid, changes, names, output, options.fused)
     with ProcessPoolExecutor(min(options.processes, len(seeds)), mp_context=spawn, max_tasks_per_child=1) as pool:

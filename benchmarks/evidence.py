@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def main() -> None:
     changes = {name: getattr(options, name) for name in ("model", "data", "device") if getattr(options, name)}
     seeds = options.seeds or list(read_grid(options.grid, **changes).run.seeds)
     start = time.perf_counter()
+    share_threads(options.processes)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(options.processes, len(seeds)), mp_context=spawn, max_tasks_per_child=1) as pool:
         work = partial(_one_seed, options.grid, options.output, changes, options.fused)
@@ -66,6 +68,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="leave transformers' own kernels")
     parser.add_argument("--no-report", dest="report", action="store_false", help="join the results, nothing more")
     return parser.parse_args()
+
+
+def share_threads(processes: int) -> None:
+    """Gives each process its part of the cores: more threads than cores once cost a run of small kernels all its time.
+
+    Args:
+        processes: How many will be started; they inherit what is set here.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def _one_seed(grid: str, output: str, changes: dict[str, Any], fused: bool, seed: int) -> None:

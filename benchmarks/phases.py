@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lora_da_core import finish, solving
+from lora_da_core import rounds, solving
 from lora_da_core.operators import Stacked
 from lora_da_estimators import kfac
 from lora_da_solvers import _subspace
@@ -25,7 +25,7 @@ SOLVE: Mapping[str, tuple[Any, str]] = {
     "solve: residuals": (_subspace.Subspace, "residual_norms"),
     "solution: B and the report": (solving.LayerSolver, "_solution"),
     "solution: unconverged, other solvers": (solving.LayerSolver, "_unconverged"),
-    "all": (finish.Finish, "_solutions"),
+    "all": (rounds.Rounds, "_solutions"),
 }
 """Label to owner and name; what stands behind a colon is inside of others, so the labels do not add up."""
 

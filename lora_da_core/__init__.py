@@ -18,11 +18,14 @@ from lora_da_core.memory import estimate_memory
 from lora_da_core.pipeline import (
     Pipeline,
     build_pipeline,
+    get_lora_da_config,
     get_lora_da_model,
     get_lora_da_state_dict,
     initialize_lora_da_weights,
 )
+from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import list_plugins
+from lora_da_core.regularization import Penalty, penalty_of, regularize_training
 from lora_da_core.trainer import init_before_training
 from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
 
@@ -37,6 +40,7 @@ __all__ = [
     "LoraFactors",
     "ModelError",
     "OptionError",
+    "Penalty",
     "Pipeline",
     "PluginError",
     "Preset",
@@ -46,6 +50,7 @@ __all__ = [
     "UnknownNameError",
     "build_pipeline",
     "estimate_memory",
+    "get_lora_da_config",
     "get_lora_da_model",
     "get_lora_da_state_dict",
     "hookimpl",
@@ -53,4 +58,7 @@ __all__ = [
     "init_before_training",
     "initialize_lora_da_weights",
     "list_plugins",
+    "penalty_of",
+    "preference_batches",
+    "regularize_training",
 ]

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,43 +16,51 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter_factors import PREFIX, as_stored, factor_parameters, fault, lora_layers, saved_keys
+from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
-    PREFIX,
     Targets,
     adapters_disabled,
     base_of,
     check_saved_modules,
     chosen_config,
     config_of,
-    factor_parameters,
-    fault,
     is_peft_model,
-    lora_layers,
     resolve_targets,
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
-from lora_da_core.types import LoraFactors
+from lora_da_core.types import Frozen, LoraFactors, Offset
 
 __all__ = [
     "Check",
     "Targets",
     "adapters_disabled",
+    "allocated_config",
     "apply",
+    "as_stored",
     "base_digests",
     "base_of",
     "check_adapter_name",
+    "check_start",
     "chosen_config",
     "config_of",
     "digest",
+    "factor_pairs",
     "fingerprint",
     "is_peft_model",
     "lora_config",
+    "pair_in",
     "resolve_targets",
+    "settle",
     "state_dict",
     "verify",
     "write",
 ]
+
+
+A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+"""What PEFT puts behind a module's name in a saved adapter."""
 
 
 def lora_config(
@@ -111,6 +120,28 @@ def _check_regex(option: str, pattern: str) -> None:
         raise OptionError(f"{option} {pattern!r} is no regular expression: {error}.") from error
 
 
+def allocated_config(peft_config: LoraConfig, allocation: Mapping[str, Any]) -> LoraConfig:
+    """A configuration with ranks that were shared out, at the scaling that each layer had.
+
+    Args:
+        peft_config: The configuration of the run.
+        allocation: `RunReport.allocation`; empty changes nothing.
+
+    Returns:
+        A copy: one entry of `rank_pattern` and `alpha_pattern` for each layer, before what was there.
+    """
+    config = copy.deepcopy(peft_config)
+    if allocation:
+        # PEFT reads the names as regular expressions that may match at any dot; the first that matches counts.
+        names = {layer: f"^{re.escape(layer)}" for layer in allocation["ranks"]}
+        ranks = {names[layer]: rank for layer, rank in allocation["ranks"].items()}
+        units = {key: math.sqrt(rank) if config.use_rslora else rank for key, rank in ranks.items()}
+        alphas = {names[layer]: scaling * units[names[layer]] for layer, scaling in allocation["scaling"].items()}
+        config.rank_pattern = {**ranks, **(config.rank_pattern or {})}
+        config.alpha_pattern = {**alphas, **(config.alpha_pattern or {})}
+    return config
+
+
 def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """The factors under the key names of a saved PEFT adapter.
 
@@ -122,9 +153,42 @@ def state_dict(factors: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     """
     state = {}
     for name, pair in factors.items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = pair.A
-        state[f"{PREFIX}{name}.lora_B.weight"] = pair.B
+        key_a, key_b = saved_keys(name, pair)
+        state[key_a], state[key_b] = pair.A, pair.B
     return state
+
+
+def factor_pairs(model: nn.Module, adapter_name: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A and B of every layer of an adapter, the parameters themselves.
+
+    Args:
+        model: A PeftModel with that adapter.
+        adapter_name: The adapter.
+
+    Returns:
+        By module name.
+    """
+    config_of(model, adapter_name)
+    assert isinstance(model, PeftModel)
+    found = factor_parameters(model.get_base_model(), adapter_name)
+    names = [key.removeprefix(PREFIX).removesuffix(A_KEY) for key in found if key.endswith(A_KEY)]
+    return {name: (found[f"{PREFIX}{name}{A_KEY}"], found[f"{PREFIX}{name}{B_KEY}"]) for name in names}
+
+
+def pair_in(state: Mapping[str, Tensor], name: str, *, like: tuple[Tensor, Tensor]) -> LoraFactors:
+    """A copy of a layer's factors in a state dict.
+
+    Args:
+        state: PEFT key names.
+        name: The layer.
+        like: A and B whose devices and dtypes the copy takes.
+
+    Returns:
+        The factors.
+    """
+    keys = (f"{PREFIX}{name}{A_KEY}", f"{PREFIX}{name}{B_KEY}")
+    a, b = (state[key].detach().to(part, copy=True) for key, part in zip(keys, like, strict=True))
+    return LoraFactors(a, b)
 
 
 def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "default") -> None:
@@ -143,7 +207,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
     """
     check_config(config_of(model, adapter_name))
     check_saved_modules(model, adapter_name)
-    _same_keys(factor_parameters(model, adapter_name), state, adapter_name)
+    _same_keys(factor_parameters(model.get_base_model(), adapter_name), state, adapter_name)
     layers = [layer for layer in lora_layers(model.get_base_model()).values() if adapter_name in layer.scaling]
     tokens = [module for module in model.modules() if _trains_tokens(module, adapter_name)]
     before = [saved for layer in (*layers, *tokens) for saved in _snapshot(layer, adapter_name)]
@@ -155,7 +219,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
         complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
         complete.update(state)
         set_peft_model_state_dict(model, complete, adapter_name=adapter_name)
-        _check_written(factor_parameters(model, adapter_name), state)
+        _check_written(factor_parameters(model.get_base_model(), adapter_name), state)
         for layer in layers:
             if not fault(layer, adapter_name):
                 _complete(layer, adapter_name)
@@ -273,7 +337,13 @@ def _check_written(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
 
 
 def apply(
-    model: nn.Module, peft_config: LoraConfig, factors: Mapping[str, LoraFactors], adapter_name: str = "default"
+    model: nn.Module,
+    peft_config: LoraConfig,
+    factors: Mapping[str, LoraFactors],
+    adapter_name: str = "default",
+    *,
+    offset: Offset = "none",
+    frozen: Frozen = "none",
 ) -> PeftModel:
     """Wraps a base model with PEFT and writes the factors; on failure the model is unwrapped again.
 
@@ -282,6 +352,8 @@ def apply(
         peft_config: The LoRA configuration.
         factors: By module name.
         adapter_name: Name of the new adapter.
+        offset: As `settle` takes it.
+        frozen: As `settle` takes it.
 
     Returns:
         The PeftModel, as `peft.get_peft_model` returns it.
@@ -293,6 +365,7 @@ def apply(
         peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
     try:
         write(peft_model, state_dict(factors), adapter_name)
+        settle(peft_model, factors, adapter_name, offset=offset, frozen=frozen)
     except BaseException:
         peft_model.unload()
         for parameter, value in before:

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lora_da_core.adapter_targets import PREFIX, base_of, factor_parameters
+from lora_da_core.adapter_factors import held_factors
+from lora_da_core.adapter_targets import base_of
 from lora_da_core.errors import AdapterError
 from lora_da_core.types import RunReport
 
@@ -30,6 +31,9 @@ class Check:
 
 def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, whatever its device."""
+    parts = _parts(tensor)
+    if parts is not None:
+        return hashlib.sha256("".join(map(digest, parts)).encode()).hexdigest()
     data = tensor.detach().cpu().contiguous().view(-1)
     return hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
 
@@ -40,9 +44,19 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(_base_parameters(model)):
         whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
-            flat = parameter.detach().reshape(-1)
-            whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
+            for part in _parts(parameter) or [parameter]:
+                flat = part.detach().reshape(-1)
+                whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
     return whole.hexdigest()
+
+
+def _parts(tensor: Tensor) -> list[Tensor] | None:
+    """The plain tensors of one that packs several, as torchao's codes and scales, by torch's subclass protocol."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return None
+    inner = [getattr(tensor, name) for name in flatten()[0]]
+    return [part for found in inner for part in (_parts(found) or [found])]
 
 
 def base_digests(model: nn.Module) -> dict[str, str]:
@@ -55,7 +69,8 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
         if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
-                name = name.replace(wrapper, ".")
+                while wrapper in name:  # what wraps several parameters of one module is nested
+                    name = name.replace(wrapper, ".")
             yield name, parameter
 
 
@@ -82,22 +97,24 @@ def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[
     except Exception as error:
         raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
     loaded.eval()
-    parameters = factor_parameters(loaded, "default")
-    expected = {f"{PREFIX}{layer.name}.lora_A.weight": layer.digest_A for layer in report.layers}
-    expected.update({f"{PREFIX}{layer.name}.lora_B.weight": layer.digest_B for layer in report.layers})
-    wrong = [key for key, value in expected.items() if key not in parameters or digest(parameters[key]) != value]
-    default = sorted(set(parameters) - set(expected))
+    held = held_factors(loaded.get_base_model(), "default")
+    reported = {layer.name: (layer.digest_A, layer.digest_B) for layer in report.layers}
+    found = {name: (digest(pair.A), digest(pair.B)) for name, (_, pair) in held.items()}
+    wrong = [name for name, digests in reported.items() if found.get(name) != digests]
+    # Of fused experts some may have seen no data.
+    stored = {name: spec.name if spec.stored is None else spec.stored.name for name, (spec, _) in held.items()}
+    default = sorted(set(stored.values()) - {stored[name] for name in reported if name in stored})
     after = base_digests(loaded)
     changed = [name for name, value in digests.items() if after.get(name) != value]
     with loaded.disable_adapter():
         disabled = _logits(loaded, batch)
     moved = float((_logits(loaded, batch) - before).abs().max())
     return [
-        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(expected), "tensors")),
+        Check("every A and B equals what was computed", not wrong, _listed(wrong, len(reported), "layers")),
         Check(
             "no module that can be initialised is left at its default",
             not default,
-            _listed(default, len(parameters), "tensors"),
+            _listed(default, len(set(stored.values())), "modules"),
         ),
         Check("the base is the one the run saw", seen == report.base, "by fingerprint"),
         Check("base weights bitwise unchanged", not changed, _listed(changed, len(digests), "weights")),

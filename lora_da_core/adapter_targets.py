@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,19 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from lora_da_core.adapter_factors import base_name, fault, lora_layers, specs_of
 from lora_da_core.adapter_variants import check_config
 from lora_da_core.errors import OptionError, TargetError
+from lora_da_core.layer_kinds import CLASSES
 from lora_da_core.types import LayerSpec, Unsupported
-
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of the base's modules."""
-
-KINDS = {"Linear": "linear", "Conv1D": "conv1d"}
-"""Supported module classes: both compute y = Wx + b over the last dimension."""
 
 SKELETON = "default"
 """The adapter's name on a skeleton, whatever the real one will be called."""
@@ -147,14 +141,18 @@ def resolve_targets(
         TargetError: Nothing matches, or a match cannot be initialised; the message names it.
         OptionError: The configuration asks PEFT for an initialisation that would change the base.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TargetError("the model is compiled; pass the model that was given to torch.compile (model._orig_mod).")
+    compiled = next((n for n, m in model.named_modules() if isinstance(m, torch._dynamo.OptimizedModule)), None)
+    if compiled is not None:
+        raise TargetError(
+            f"{f'its part {compiled}' if compiled else 'the model'} is compiled; pass the model with what was given to "
+            "torch.compile (`._orig_mod`) in its place, or compile in place by `.compile()`."
+        )
     check_config(peft_config)
     check_saved_modules(model, adapter_name)
     base = base_of(model)
     carried = adapter_name if isinstance(model, PeftModel) else SKELETON
-    found = lora_layers(base if isinstance(model, PeftModel) else _skeleton(base, peft_config))
-    layers = {name: layer for name, layer in found.items() if carried in layer.scaling}
+    wrapped = base if isinstance(model, PeftModel) else _skeleton(base, peft_config)
+    layers = {name: layer for name, layer in lora_layers(wrapped).items() if carried in layer.scaling}
     if not layers:
         raise TargetError(f"no layer carries the adapter {adapter_name!r}.")
     _check_tying(peft_config, layers, carried)
@@ -165,9 +163,13 @@ def resolve_targets(
             f"layer {name} {reason}. Leave it out with exclude_modules, or at PEFT's own initialisation with "
             "unsupported='default' while other layers are initialised."
         )
-    specs = tuple(_spec(name, layer, carried) for name, layer in layers.items() if name not in skipped)
-    named = dict(base.named_modules())
-    return Targets(specs, {spec.name: _base_layer(named[spec.name]) for spec in specs}, skipped)
+    named, specs, modules = dict(base.named_modules()), [], {}
+    for name, layer in layers.items():
+        if name not in skipped:
+            found = specs_of(name, layer, carried)
+            specs += found
+            modules.update(dict.fromkeys((spec.name for spec in found), _base_layer(named[base_name(name)])))
+    return Targets(tuple(specs), modules, skipped)
 
 
 def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
@@ -188,54 +190,6 @@ def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
                 f"the copy of {name} that modules_to_save asks for is on the meta device; make the adapter without "
                 "low_cpu_mem_usage."
             )
-
-
-def fault(layer: LoraLayer, adapter_name: str) -> str:
-    """Why the adapter of a layer cannot be initialised.
-
-    Args:
-        layer: PEFT's layer, which carries the adapter.
-        adapter_name: The adapter.
-
-    Returns:
-        The reason, to stand after the layer's name; empty where it can.
-    """
-    module = layer.get_base_layer()
-    if _kind(module) is None or adapter_name not in layer.lora_A:
-        return f"is a {type(module).__name__}; supported are {', '.join(KINDS)}"
-    variant = layer.lora_variant.get(adapter_name)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
-        return f"uses the LoRA variant {type(variant).__name__}, which is not supported"
-    rank, in_features, out_features = _sizes(layer, adapter_name)
-    if rank > min(in_features, out_features):
-        return (
-            f"is {out_features} × {in_features}: rank {rank} is above min(in, out) = {min(in_features, out_features)}; "
-            "choose a smaller rank, or set one for it in rank_pattern"
-        )
-    return ""
-
-
-def lora_layers(base: nn.Module) -> dict[str, LoraLayer]:
-    """PEFT's LoRA layers by module name."""
-    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-
-
-def factor_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Parameter]:
-    """A and B of every layer that can be initialised.
-
-    Args:
-        model: A PeftModel.
-        adapter_name: The adapter.
-
-    Returns:
-        By the names of a saved adapter.
-    """
-    found = {}
-    for name, layer in lora_layers(model.get_base_model()).items():
-        if adapter_name in layer.scaling and not fault(layer, adapter_name):
-            found[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[adapter_name].weight
-            found[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B[adapter_name].weight
-    return found
 
 
 @contextmanager
@@ -279,27 +233,8 @@ def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str
     targets = peft_config.target_modules
     wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
     endings = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in KINDS}
+        {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in CLASSES}
     )
     close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
     hint = f"Closest: {', '.join(close)}. " if close else ""
-    return (
-        f"target_modules {wanted} cannot be adapted. {hint}Linear layers here: {', '.join(endings)}. PEFT says: {error}"
-    )
-
-
-def _kind(module: nn.Module) -> str | None:
-    return next((KINDS[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in KINDS), None)
-
-
-def _sizes(layer: LoraLayer, adapter_name: str) -> tuple[int, int, int]:
-    a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    return a.shape[0], a.shape[1], b.shape[0]
-
-
-def _spec(name: str, layer: LoraLayer, adapter_name: str) -> LayerSpec:
-    rank, in_features, out_features = _sizes(layer, adapter_name)
-    scaling = float(layer.scaling[adapter_name])
-    if not (math.isfinite(scaling) and scaling > 0):
-        raise TargetError(f"PEFT scales layer {name} by {scaling}; give a lora_alpha (and alpha_pattern) above 0.")
-    return LayerSpec(name, _kind(layer.get_base_layer()) or "", in_features, out_features, rank, scaling)
+    return f"target_modules {wanted} cannot be adapted. {hint}Layers here: {', '.join(endings)}. PEFT says: {error}"

@@ -14,7 +14,6 @@ PLAIN_INITS = (True, False, "gaussian")
 """PEFT's own initialisations that leave the base weights alone, so that ours may replace what they wrote."""
 
 REFUSED: Mapping[str, str] = {
-    "target_parameters": "it adapts bare parameters, such as fused experts, which no statistics are taken of yet",
     "layer_replication": "it builds a deeper model, of which only the wrapped copy could be run on the data",
     "megatron_config": "it adapts layers that are divided among devices",
     "alora_invocation_tokens": "aLoRA acts from its invocation tokens on, the statistics are of every token",

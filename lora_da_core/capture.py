@@ -6,7 +6,7 @@ Gradients come from taps on the layers' outputs, so no weight needs a `.grad` an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,76 +17,27 @@ from torch import Tensor, nn
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
 from lora_da_core.errors import ModelError, PluginError, TargetError
-from lora_da_core.interfaces import (
-    Accumulator,
-    Component,
-    FisherEstimator,
-    GradientEstimator,
-    Objective,
-)
+from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Objective
+from lora_da_core.layer_kinds import KINDS, Call, watched
+from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.modes import first_non_finite_module, prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
-from lora_da_core.taps import InputRecord, Tap, TokenLedger, Use, with_change
-from lora_da_core.types import Batch, FisherStatistics, LayerSpec, TokenMask
+from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
+from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
+from lora_da_core.types import Batch, LayerSpec, TokenMask
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, what is done and what there is to do."""
 
 
-@dataclass
-class InputGroup:
-    """The layers that read one input tensor, and the statistics they share."""
-
-    leader: str
-    accumulator: Accumulator
-    shared: dict[Any, Any] = field(default_factory=dict)
-
-
-@dataclass
-class LayerStatistics:
-    """The accumulators of one layer; `group` is known once the layer has run."""
-
-    spec: LayerSpec
-    fisher: Accumulator
-    gradient: Accumulator | None
-    group: InputGroup | None = None
-    tokens: int = 0
-
-
-@dataclass
-class Statistics:
-    """All sums of a run."""
-
-    layers: dict[str, LayerStatistics]
-    samples: int = 0
-    label_tokens: int = 0
-    loss_sum: float = 0.0
-
-    def of_layer(self, name: str) -> FisherStatistics:
-        """The Fisher statistics of one layer, its input's included."""
-        layer = self.layers[name]
-        if layer.group is None:
-            raise TargetError(f"layer {name} never ran")
-        return FisherStatistics(
-            spec=layer.spec,
-            input=layer.group.accumulator.statistics(),
-            layer=layer.fisher.statistics(),
-            samples=self.samples,
-            tokens=layer.tokens,
-            shared=layer.group.shared,
-        )
-
-
 @dataclass(frozen=True)
 class CaptureTask:
-    """What to run: the model, the layers' modules by name, and the components that define the statistics.
-
-    Statistics are taken of `specs`, which may be some of the modules only: a pass of several.
-    """
+    """What to run: the model, the layers' modules by name, and the components that define the statistics."""
 
     model: nn.Module
     modules: Mapping[str, nn.Module]
     specs: Sequence[LayerSpec]
+    """The layers whose statistics are taken."""
     objective: Objective[Any]
     estimator: FisherEstimator[Any]
     gradient: GradientEstimator[Any]
@@ -97,6 +48,8 @@ class CaptureTask:
     """Distribution and version by kind of component, for error messages."""
     changes: Mapping[str, LinearMap] = field(default_factory=dict)
     """By layer, what is added to its weights (out, in) while the model runs; no weight is touched."""
+    beside: Sequence[LayerSpec] = ()
+    """Layers whose statistics other passes take; in this one they run as they do in those."""
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +60,11 @@ class CaptureTask:
         """Where a layer's weights lie, and its sums with them."""
         parameter = next(self.modules[layer].parameters(), None)
         return self.device if parameter is None else parameter.device
+
+    def dtype_of(self, spec: LayerSpec) -> torch.dtype:
+        """The dtype of a layer's sums and factors: the larger of float32 and its weights'."""
+        weight = getattr(self.modules[spec.name], spec.parameter, None)
+        return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
 
     @property
     def needs_backward(self) -> bool:
@@ -137,9 +95,11 @@ def collect(
     """
     run = _Run(task, generator)
     done, total = 0, task.estimator.passes * len(batches)
-    with prepared(task.model), task.base_only(), run.hooks():
+    with prepared(task.model), task.base_only(), run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
+        elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
+            run.find_scale(batches)
         for index in range(task.estimator.passes):
             for number, batch in enumerate(batches):
                 run.batch(index, number, batch)
@@ -157,14 +117,16 @@ class _Run:
         self.task = task
         self.generator = generator
         self._number: int | None = None
-        self.groups: dict[str, InputGroup] = {}
+        self.groups: dict[tuple[str, ...], InputGroup] = {}
         self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
-        self.specs = {spec.name: spec for spec in task.specs}
+        self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
         self._pass = 0
         self._batch: TokenLedger | None = None
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False
         self._counting = False
         self._single_uses: frozenset[str] = frozenset()
+        self._scale = 1.0
+        self._largest: list[Tensor] | None = None
 
     def find_single_uses(self, batches: Sequence[Batch]) -> None:
         """Runs one sample forward to see which layers are used once.
@@ -182,12 +144,28 @@ class _Run:
         finally:
             self._batch, self._counting = None, False
 
-    def _dtype(self, name: str) -> torch.dtype:
-        weight = getattr(self.task.modules[name], "weight", None)
-        return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+    def find_scale(self, batches: Sequence[Batch]) -> None:
+        """Chooses what losses are multiplied by, from the first batch: float16 would lose small gradients."""
+        part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
+        on_device, samples = to_device(part, self.task.device), len(part["labels"])
+
+        def largest_gradient(scale: float) -> float:
+            self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self.task.device), []
+            try:
+                with torch.enable_grad(), self._blamed("objective"):
+                    losses = self.task.objective.losses(self.task.model, on_device)
+                if not losses.requires_grad:
+                    return 0.0  # the first batch will tell why
+                (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+                found = torch.stack([each.to(self.task.device) for each in self._largest] or [losses.new_zeros(())])
+                return float(found.max())
+            finally:
+                self._batch, self._largest = None, None
+
+        self._scale = find_loss_scale(largest_gradient)
 
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
-        device, dtype = self.task.device_of(spec.name), self._dtype(spec.name)
+        device, dtype = self.task.device_of(spec.name), self.task.dtype_of(spec)
         with self._blamed("estimator", spec.name):
             fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
         if self.task.gradient.forward_only:
@@ -195,40 +173,31 @@ class _Run:
         with self._blamed("gradient", spec.name):
             return LayerStatistics(spec, fisher, self.task.gradient.accumulator(spec, device=device, dtype=dtype))
 
-    @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        """Taps on every target, removed whatever happens."""
-        with contextlib.ExitStack() as stack:
-            for name, module in self.task.modules.items():
-                handle = module.register_forward_hook(self._forward_hook(name))
-                stack.callback(handle.remove)
-            yield
+    def taps(self) -> AbstractContextManager[None]:
+        """Taps on every layer, removed whatever happens."""
+        return watched(self.task.modules, (*self.task.specs, *self.task.beside), self._tap)
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        change = self.task.changes.get(name)
-
-        def tap(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            tokens = self._batch
-            if change is not None:
-                output = with_change(output, args[0], change)
-            if tokens is None or not args or name not in self.specs:
-                return output
-            if self.task.needs_backward and not torch.is_grad_enabled():
-                return output
-            tokens.uses[name] = tokens.uses.get(name, 0) + 1
-            if self._counting:
-                return output
-            inputs = args[0]
-            use = Use(name, tokens.input_of(inputs, name))
-            if not self.task.needs_backward:
-                self._sink(use, inputs.detach(), None)
-                return output
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            tapped: Tensor = Tap.apply(output, inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
-            return tapped
-
-        return tap
+    def _tap(self, call: Call) -> Tensor:
+        name, output, ledger = call.layer, call.output, self._batch
+        kind, module = KINDS[self.specs[name].kind], self.task.modules[name]
+        if name in self.task.changes:
+            output = kind.changed(module, output, call.inputs, self.task.changes[name])
+        if ledger is None or (self.task.needs_backward and not torch.is_grad_enabled()):
+            return output
+        if name not in self.statistics.layers and self._largest is None:
+            # Of another pass; only the scale of losses, which all passes share, is found from all layers.
+            return output
+        ledger.uses[name] = ledger.uses.get(name, 0) + 1
+        if self._counting:
+            return output
+        use = Use(name, ledger.input_of(call.inputs, name, kind.reading(module)), call.routed)
+        if not self.task.needs_backward:
+            self._sink(use, call.inputs.detach(), None)
+            return output
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+        tapped: Tensor = Tap.apply(output, call.inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
+        return tapped
 
     def batch(self, index: int, number: int, batch: Batch) -> None:
         """One batch of one pass: forward, backward, and the draws of a model-label Fisher."""
@@ -286,7 +255,7 @@ class _Run:
                 if not bool(losses.isfinite().all()):
                     raise self._not_finite(losses_of, losses, number)
                 if self.task.needs_backward and self._has_graph(losses):
-                    losses.sum().backward()  # type: ignore[no-untyped-call]
+                    (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]
             for name in list(self._batch.waiting):
                 self._flush(name)
             self._check_gradients(number)
@@ -298,7 +267,7 @@ class _Run:
         assert self._batch is not None
         if losses.requires_grad:
             return True
-        if not self._batch.uses and len(self.specs) < len(self.task.modules):
+        if not self._batch.uses and self.task.beside:
             # The layers of other passes may have run: experts do not see every batch.
             return False
         if not self._batch.uses:
@@ -338,6 +307,10 @@ class _Run:
         tokens = self._batch
         if tokens is None:
             return
+        if self._largest is not None:
+            if output_grads is not None and output_grads.numel():
+                self._largest.append(output_grads.abs().amax().float())
+            return
         waiting = tokens.waiting.setdefault(use.layer, [])
         waiting.append((use, inputs, output_grads))
         uses = tokens.uses[use.layer]
@@ -351,58 +324,58 @@ class _Run:
             self._flush(use.layer)
 
     def _flush(self, name: str) -> None:
+        """Gives all uses of a layer in this batch to its accumulators, one after the other in one call."""
         assert self._batch is not None
-        tokens = self._batch
-        uses = tokens.waiting.pop(name)
-        inputs = tokens.flat([x for _, x, _ in uses], name)
-        grads = [g for _, _, g in uses if g is not None]
-        output_grads = tokens.flat(grads, name) if grads else None
+        ledger, kind, module = self._batch, KINDS[self.specs[name].kind], self.task.modules[name]
+        uses, blocks, gradients = zip(*ledger.waiting.pop(name), strict=True)
+        rows = [kind.rows(module, x.detach(), g) for x, g in zip(blocks, gradients, strict=True)]
+        inputs = _joined([x for x, _ in rows])
+        output_grads = _joined([g if self._scale == 1 else g.float() / self._scale for _, g in rows if g is not None])
+        assert inputs is not None
         if output_grads is not None:
-            tokens.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))
-        self._accumulate(name, [use.input for use, _, _ in uses], inputs, output_grads)
+            ledger.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))
+        places = ledger.joined(uses, [len(x) for x, _ in rows])
+        self._accumulate(name, [use.input for use in uses], places, inputs, output_grads)
 
-    def _accumulate(self, name: str, records: list[InputRecord], inputs: Tensor, output_grads: Tensor | None) -> None:
+    def _accumulate(
+        self, name: str, records: list[InputRecord], places: Places, inputs: Tensor, output_grads: Tensor | None
+    ) -> None:
         assert self._batch is not None
-        layer, tokens = self.statistics.layers[name], self._batch
-        group = self._group(layer, records[0].leader)
-        example, counted = tokens.examples_and_mask(name, len(inputs) // len(records), len(records))
-        example = example.to(inputs.device)
+        layer, ledger = self.statistics.layers[name], self._batch
+        key = ledger.key_of(name, records)
+        group = self._group(layer, key, ledger.leader_of(name, key, records[0].leader))
+        example = places.example.to(inputs.device)
         if self._takes_gradient and layer.gradient is not None:
             with self._blamed("gradient", name):
                 layer.gradient.update(inputs, output_grads, example)
-        if counted is not None:
-            counted = counted.to(inputs.device)
+        if places.counted is not None:
+            counted = places.counted.to(inputs.device)
             inputs, example = inputs[counted], example[counted]
             output_grads = None if output_grads is None else output_grads[counted]
         if self._takes_inputs:
             layer.tokens += len(inputs) if self._pass == 0 else 0
-            first = tokens.group_inputs.setdefault(group.leader, records)
-            if {id(record) for record in records} != {id(record) for record in first}:
-                raise ModelError(
-                    f"layer {name} reads only some of the inputs that it shares with other layers; layers whose inputs "
-                    "are shared only sometimes are not supported. Exclude it with exclude_modules."
-                )
-            if first is records:
+            if key not in ledger.taken:
+                ledger.taken.add(key)
                 with self._blamed("estimator", name):
                     group.accumulator.update(inputs, output_grads, example)
         if self._takes_fisher:
             with self._blamed("estimator", name):
                 layer.fisher.update(inputs, output_grads, example)
 
-    def _group(self, layer: LayerStatistics, leader: str) -> InputGroup:
-        name = layer.spec.name
+    def _group(self, layer: LayerStatistics, key: tuple[str, ...], leader: str) -> InputGroup:
+        if key not in self.groups:
+            spec = self.specs[leader]
+            with self._blamed("estimator", leader):
+                accumulator = self.task.estimator.input_accumulator(
+                    spec, device=self.task.device_of(leader), dtype=self.task.dtype_of(spec)
+                )
+            self.groups[key] = InputGroup(leader, accumulator)
         if layer.group is None:
-            if leader not in self.groups:
-                with self._blamed("estimator", leader):
-                    accumulator = self.task.estimator.input_accumulator(
-                        self.specs[leader], device=self.task.device_of(leader), dtype=self._dtype(leader)
-                    )
-                self.groups[leader] = InputGroup(leader, accumulator)
-            layer.group = self.groups[leader]
-        if layer.group.leader != leader:
+            layer.group = self.groups[key]
+        if layer.group is not self.groups[key]:
             raise ModelError(
-                f"layer {name} read the same input as {layer.group.leader} at first and as {leader} later; "
-                "layers whose inputs are shared only sometimes are not supported. Exclude it with exclude_modules."
+                f"layer {layer.spec.name} shared its input with other layers in one batch than in another; layers "
+                "whose inputs are shared only sometimes are not supported. Exclude it with exclude_modules."
             )
         return layer.group
 
@@ -418,7 +391,9 @@ class _Run:
 
     def end_pass(self, index: int) -> None:
         """Closes a pass: every layer must have run, and accumulators see the sums."""
-        unused = [name for name, layer in self.statistics.layers.items() if layer.group is None]
+        # Whoever reads the statistics is told which experts no token was routed to.
+        ran = {name: layer for name, layer in self.statistics.layers.items() if layer.group is not None}
+        unused = [spec.name for spec in self.task.specs if spec.name not in ran and spec.expert is None]
         if unused:
             raise TargetError(
                 f"{len(unused)} targeted layers never ran on this data, the first is {unused[0]}. "
@@ -428,6 +403,10 @@ class _Run:
         for group in self.groups.values():
             with self._blamed("estimator", group.leader):
                 group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
-        for name, layer in self.statistics.layers.items():
+        for name, layer in ran.items():
             with self._blamed("estimator", name):
                 layer.fisher.end_pass(index, self.statistics.of_layer(name))
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat(list(blocks)) if len(blocks) > 1 else next(iter(blocks), None)

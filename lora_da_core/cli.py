@@ -147,6 +147,11 @@ def _init(options: InitOptions) -> None:
         if options.cache_dir is not None or options.layers_per_pass is not None:
             raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
     pipeline = _pipeline(options)
+    if pipeline.config.offset != "none":
+        raise OptionError(
+            f"offset={pipeline.config.offset!r} cannot be saved as one adapter that stock PEFT reloads to the same "
+            "function; leave it at 'none', or use get_lora_da_model and save the base or the second adapter with it."
+        )
     text = data.TextOptions(
         prompt_template=options.prompt_template,
         max_length=options.max_length,
@@ -194,7 +199,8 @@ def _init(options: InitOptions) -> None:
             max_memory=options.max_memory,
         )
     report = replace(result.report, notes=(*notes, *result.report.notes))
-    peft_model = adapter.apply(loaded.model, lora, result.factors)
+    fitted = adapter.allocated_config(lora, result.report.allocation)
+    peft_model = adapter.apply(loaded.model, fitted, result.factors)
     storage.save_run(
         options.output,
         # The base's embeddings are not the adapter's to save, and asking whether they changed asks the hub.
@@ -218,6 +224,7 @@ def _pipeline(options: InitOptions) -> Pipeline:
         estimator=options.component("estimator", preset),
         gradient=options.component("gradient", preset),
         solver=options.component("solver", preset),
+        allocator=options.component("allocator", preset),
         preset=options.preset,
         config=options.lora_da_config(preset),
     )

@@ -13,9 +13,20 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
+from lora_da_core.types import (
+    Balance,
+    DampingKind,
+    FisherScale,
+    Frozen,
+    Offset,
+    Pairing,
+    Scale,
+    Spectrum,
+    TokenMask,
+    Unsupported,
+)
 
 OptionsT = TypeVar("OptionsT")
 
@@ -127,7 +138,9 @@ class InitOptions:
 
     preset: Annotated[
         str,
-        _option(_PARTS, "Setting that fills whatever is not given: robust, paper, lora_one, spectral, or a plugin's."),
+        _option(
+            _PARTS, "Setting that fills whatever is not given: robust, paper, lora_one, lora_ga, …, or a plugin's."
+        ),
     ] = "robust"
     estimator: Annotated[str | None, _option(_PARTS, "Fisher estimator.", show_default="the preset's")] = None
     estimator_option: Annotated[
@@ -142,6 +155,17 @@ class InitOptions:
     ] = None
     solver_option: Annotated[
         list[str] | None, _option(_PARTS, "Option of the solver; repeatable.", metavar="KEY=VALUE")
+    ] = None
+    allocator: Annotated[
+        str | None,
+        _option(
+            _PARTS,
+            "Rank allocator: shares the ranks out among the layers; 'none' keeps --rank everywhere.",
+            show_default="the preset's; robust: none",
+        ),
+    ] = None
+    allocator_option: Annotated[
+        list[str] | None, _option(_PARTS, "Option of the allocator; repeatable.", metavar="KEY=VALUE")
     ] = None
     unconverged: Annotated[
         str | None,
@@ -163,9 +187,9 @@ class InitOptions:
         str | None,
         _preset(
             _OMEGA,
-            "Size the first step by a line search on the samples, or divide both factors by √γ.",
+            "Size the start by a line search on the samples, by √γ, by LoRA-GA's or LOI's rule, or take it as it is.",
             "scale",
-            get_type_hints(LoraDAConfig)["scale"],
+            Scale,
         ),
     ] = None
     gamma: Annotated[float | None, _preset(_OMEGA, "γ > 0 of a fixed scale; giving it fixes the scale.", "gamma")] = (
@@ -180,6 +204,19 @@ class InitOptions:
             Balance,
         ),
     ] = None
+    pairing: Annotated[
+        str | None,
+        _preset(
+            _OMEGA,
+            "Whether A and B take directions that belong together, or two blocks of singular ones (LoRA-GA, LOI).",
+            "pairing",
+            Pairing,
+        ),
+    ] = None
+    offset: Annotated[
+        str | None, _preset(_OMEGA, "Where the start is taken out again; only 'none' can be saved.", "offset", Offset)
+    ] = None
+    frozen: Annotated[str | None, _preset(_OMEGA, "What is frozen in training (LoRA-FA: A).", "frozen", Frozen)] = None
     spectrum: Annotated[
         str | None,
         _preset(_OMEGA, "The step's singular values, scale=auto: as they are, or all alike.", "spectrum", Spectrum),
@@ -277,22 +314,22 @@ def component_choice(options: object, kind: str, preset: Preset) -> ComponentCho
 
     Args:
         options: Options with a field of that name, such as `estimator`, and one for its options, `estimator_option`.
-        kind: `estimator`, `gradient` or `solver`.
+        kind: `estimator`, `gradient`, `solver` or `allocator`.
         preset: The preset that is named there.
 
     Returns:
         What `build_pipeline` takes.
 
     Raises:
-        OptionError: An option is not KEY=VALUE, or options are given for an automatic choice.
+        OptionError: An option is not KEY=VALUE, or options are given for an automatic choice or for none.
     """
     choice: ComponentChoice = getattr(preset, kind)
     default, standing = (choice, {}) if isinstance(choice, str) else choice
     name: str = default if getattr(options, kind) is None else getattr(options, kind)
     given = _pairs(f"--{kind}-option", getattr(options, f"{kind}_option") or ())
     merged = {**(standing if name == default else {}), **given}
-    if name == "auto" and merged:
-        raise OptionError(f"--{kind}-option needs --{kind}: an automatic choice takes no options.")
+    if name in ("auto", NO_ALLOCATOR) and merged:
+        raise OptionError(f"--{kind}-option needs --{kind}: {name!r} takes no options.")
     return (name, merged) if merged else name
 
 

@@ -59,6 +59,10 @@ class PlanOptions:
         None
     )
     solver_option: Annotated[list[str] | None, _option("Option of the solver; repeatable.", metavar="KEY=VALUE")] = None
+    allocator: Annotated[str | None, _option("Rank allocator, or 'none'.", show_default="the preset's")] = None
+    allocator_option: Annotated[
+        list[str] | None, _option("Option of the allocator; repeatable.", metavar="KEY=VALUE")
+    ] = None
     device: Annotated[
         str, _option("Where it will run: 'auto' (what is here), 'cpu', 'cuda', …; it need not be here.")
     ] = "auto"
@@ -130,6 +134,7 @@ def _pipeline(options: PlanOptions) -> Pipeline:
         estimator=component_choice(options, "estimator", preset),
         gradient=component_choice(options, "gradient", preset),
         solver=component_choice(options, "solver", preset),
+        allocator=component_choice(options, "allocator", preset),
         preset=options.preset,
     )
 

@@ -7,18 +7,19 @@ from typing import Any
 
 from lora_da_core.errors import OptionError
 from lora_da_core.functions import FunctionObjective
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, Solver
+from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, RankAllocator, Solver
 from lora_da_core.registry import Registry
 
 
 @dataclass(frozen=True)
 class Components:
-    """The instances a pipeline is made of; `solver` None chooses per layer."""
+    """The instances a pipeline is made of; `solver` None chooses per layer, `allocator` None keeps the ranks."""
 
     estimator: FisherEstimator[Any]
     gradient: GradientEstimator[Any]
     objective: Objective[Any]
     solver: Solver[Any] | None
+    allocator: RankAllocator[Any] | None = None
 
     def check(self) -> None:
         """Refuses components that do not go together.
@@ -37,7 +38,8 @@ class Components:
         """Name by kind."""
         solver = "auto" if self.solver is None else self.solver.name
         named = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
-        return {**{kind: component.name for kind, component in named.items()}, "solver": solver}
+        found = {**{kind: component.name for kind, component in named.items()}, "solver": solver}
+        return found if self.allocator is None else {**found, "allocator": self.allocator.name}
 
     def origins(self, registry: Registry) -> dict[str, str]:
         """Distribution and version by kind."""
@@ -51,4 +53,5 @@ class Components:
         """Options by kind."""
         parts = {"estimator": self.estimator, "gradient": self.gradient, "objective": self.objective}
         found = {kind: asdict(component.options) for kind, component in parts.items()}
-        return {**found, "solver": {} if self.solver is None else asdict(self.solver.options)}
+        found["solver"] = {} if self.solver is None else asdict(self.solver.options)
+        return found if self.allocator is None else {**found, "allocator": asdict(self.allocator.options)}

@@ -6,12 +6,28 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from lora_da_core.errors import OptionError
-from lora_da_core.types import Balance, DampingKind, FisherScale, Spectrum, TokenMask, Unsupported
+from lora_da_core.types import (
+    Balance,
+    DampingKind,
+    FisherScale,
+    Frozen,
+    Offset,
+    Pairing,
+    Scale,
+    Spectrum,
+    TokenMask,
+    Unsupported,
+)
 
 ComponentChoice = str | tuple[str, dict[str, Any]]
 """A component by name, or (name, options)."""
 
 PAPER_GAMMA = 1024.0
+GAMMAS = {"stable": 16.0, "product": 100.0}
+"""γ of scales that have another default: LoRA-GA's (arXiv 2407.05000), and that of LOI's norm 0.01 (2507.12142)."""
+
+NO_ALLOCATOR = "none"
+"""The rank allocator's name where there is none: every layer keeps the rank that the LoRA configuration gives it."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +38,21 @@ class LoraDAConfig:
         alpha: Weight α ≥ 0 of the bias term −αΔΔᵀ.
         beta: Weight β ≥ 0 of the variance term (β/N)V.
         population: N, the size of the training set; None takes the number of examples given or sampled.
-        scale: `"auto"` sizes the first step by a line search on the samples and divides it between A and B as
-            `balance` says; `"fixed"` divides both factors by √γ.
-        gamma: γ > 0; giving it means a fixed scale. None means 1024 where the scale is fixed.
-        balance: With an automatic scale, what A is scaled to; B takes the rest of the step. `"activation"`: on the
+        scale: How large the start is. `"auto"` sizes it by a line search on the samples; `"unit"` takes the step as it
+            is, `"product"` such that scaling·B·A has the Frobenius norm 1/γ; all three divide it between A and B as
+            `balance` says. `"fixed"` divides both factors by √γ, `"stable"` multiplies both by out^¼/√γ (LoRA-GA).
+        gamma: γ > 0; with `scale="auto"` giving it means a fixed scale. None means 1024 where the scale is fixed, 16
+            where it is stable, 100 for the product.
+        balance: What A is scaled to, where the start is divided; B takes the rest of the step. `"activation"`: on the
             samples A·x is as large as a default LoRA's would be, layer by layer; `"norm"`: A has the norm of a default
             LoRA's; `"even"`: A and B share the square roots of the step's singular values.
+        pairing: Which directions A and B take. `"same"`: those that belong together. The others solve for 2r directions
+            and let A and B span different blocks of singular ones: `"right_first"` A the first r right ones and B the
+            next r left ones (LoRA-GA), `"left_first"` B the first r left ones and A the next r right ones (LOI); their
+            product is no step, so the scale may not be automatic.
+        offset: Whether scaling·B·A is taken out again, so that the start computes what the base computes: not at all,
+            from the base's weights in place (`"base"`), or by a second, frozen adapter (`"frozen_adapter"`).
+        frozen: Whether A is frozen once it is written (LoRA-FA).
         spectrum: With an automatic scale, whether the step keeps its singular values (`"kept"`) or has them all alike
             (`"flat"`).
         rounds: With an automatic scale, how often everything is estimated, each further time where the earlier steps
@@ -52,9 +77,12 @@ class LoraDAConfig:
     alpha: float = 1.0
     beta: float = 0.03
     population: int | None = None
-    scale: Literal["auto", "fixed"] = "auto"
+    scale: Scale = "auto"
     gamma: float | None = None
     balance: Balance = "activation"
+    pairing: Pairing = "same"
+    offset: Offset = "none"
+    frozen: Frozen = "none"
     spectrum: Spectrum = "kept"
     rounds: int = 1
     normalize: bool = True
@@ -93,6 +121,10 @@ class LoraDAConfig:
         if self.alpha == 0 and self.beta == 0:
             raise OptionError("alpha and beta are both 0: Ω would be zero. Give at least one of them.")
 
+        if self.pairing != "same" and self.automatic_scale:
+            raise OptionError(f"pairing is {self.pairing!r}: the product is no step to search along; give a scale.")
+        if self.scale == "unit" and self.gamma is not None:
+            raise OptionError("gamma is without meaning where scale='unit'; leave it out.")
         if self.rounds > 1 and not self.automatic_scale:
             raise OptionError(f"rounds is {self.rounds} with a fixed scale; only scale='auto' takes several rounds.")
 
@@ -104,7 +136,12 @@ class LoraDAConfig:
     @property
     def fixed_gamma(self) -> float:
         """γ where the scale is fixed."""
-        return PAPER_GAMMA if self.gamma is None else self.gamma
+        return GAMMAS.get(self.scale, PAPER_GAMMA) if self.gamma is None else self.gamma
+
+    @property
+    def rule(self) -> Scale:
+        """The scale that is meant: a γ alone means a fixed one."""
+        return "fixed" if self.scale == "auto" and self.gamma is not None else self.scale
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -131,6 +168,7 @@ class Preset:
         gradient: Gradient estimator.
         solver: Solver.
         config: Everything else.
+        allocator: Rank allocator, or `"none"`.
         api_version: Version of the plugin contracts it was written for.
     """
 
@@ -140,4 +178,5 @@ class Preset:
     gradient: ComponentChoice = "full"
     solver: ComponentChoice = "auto"
     config: LoraDAConfig = field(default_factory=LoraDAConfig)
+    allocator: ComponentChoice = NO_ALLOCATOR
     api_version: int = 1

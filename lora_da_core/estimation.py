@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from lora_da_core import capture
+from lora_da_core.batches import to_device
 from lora_da_core.blame import blamed
-from lora_da_core.capture import CaptureTask, Progress, Statistics
+from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.errors import DataError, PluginError
+from lora_da_core.interfaces import Objective
+from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
+from lora_da_core.running_sums import Statistics
 from lora_da_core.types import Batch, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -136,7 +140,7 @@ def estimate(
     if task.gradient.forward_only:
         gradient_sums = forward_gradients(task, batches, seed) if gradient_sums is None else gradient_sums
     else:
-        taps = {name: layer.gradient for name, layer in statistics.layers.items()}
+        taps = {name: layer.gradient for name, layer in statistics.layers.items() if layer.group is not None}
         gradient_sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
     seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
     for note in notes:
@@ -163,6 +167,30 @@ def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) ->
         return task.gradient.estimate(probe, task.specs, generator=generator)
 
 
+def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
+    """What the objective asks of the unchanged model, added to the batches.
+
+    Args:
+        task: Model and objective.
+        batches: The batches.
+
+    Returns:
+        The batches themselves where the objective adds nothing, else completed ones, on the CPU.
+
+    Raises:
+        PluginError: The objective raised.
+    """
+    objective = task.objective
+    if type(objective).complete is Objective.complete:
+        return batches
+    origin = task.origins.get("objective", "unknown distribution")
+    with prepared(task.model), task.base_only(), torch.no_grad(), blamed(f"objective {objective.name!r} ({origin})"):
+        return [
+            to_device(objective.complete(task.model, to_device(batch, task.device)), torch.device("cpu"))
+            for batch in batches
+        ]
+
+
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:
     """Whether every layer saw enough tokens for its rank.
 
@@ -177,17 +205,39 @@ def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str
         DataError: A layer saw fewer tokens than its rank.
     """
     for spec in specs:
-        tokens = statistics.layers[spec.name].tokens
-        if tokens < spec.rank:
+        tokens = statistics.tokens_of(spec.name)
+        if tokens < spec.rank and spec.expert is None:
             raise DataError(
                 f"layer {spec.name}: {tokens} tokens count for the Fisher, fewer than the rank {spec.rank}. "
                 "Give more samples, a smaller rank, or token_mask='attention'."
             )
-    fewest = min(specs, key=lambda spec: statistics.layers[spec.name].tokens / spec.rank)
-    tokens, wanted = statistics.layers[fewest.name].tokens, FEW_TOKENS_PER_RANK * fewest.rank
+    used, _ = with_enough_tokens(specs, statistics)
+    if not used:
+        return []
+    fewest = min(used, key=lambda spec: statistics.tokens_of(spec.name) / spec.rank)
+    tokens, wanted = statistics.tokens_of(fewest.name), FEW_TOKENS_PER_RANK * fewest.rank
     if tokens >= wanted:
         return []
     return [f"layer {fewest.name}: only {tokens} tokens for rank {fewest.rank}; give at least {wanted}"]
+
+
+def with_enough_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> tuple[list[LayerSpec], list[str]]:
+    """The layers that can be initialised: of experts, those that tokens were routed to.
+
+    Args:
+        specs: The layers with their ranks.
+        statistics: The counts.
+
+    Returns:
+        The layers that saw at least as many tokens as their rank, and what is to be said of the others.
+    """
+    kept = [spec for spec in specs if statistics.tokens_of(spec.name) >= spec.rank]
+    left = [spec for spec in specs if statistics.tokens_of(spec.name) < spec.rank]
+    return kept, [
+        f"left at PEFT's own initialisation: {spec.name} ({statistics.tokens_of(spec.name)} tokens that count were "
+        f"routed to this expert, fewer than the rank {spec.rank})"
+        for spec in left
+    ]
 
 
 def sample_notes(counts: Tensor) -> list[str]:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, Solver
+from lora_da_core.interfaces import (
+    FisherEstimator,
+    GradientEstimator,
+    Objective,
+    RankAllocator,
+    Regularizer,
+    Solver,
+    TrainerPlugin,
+)
 from lora_da_core.types import LayerReport
 
 if TYPE_CHECKING:
@@ -38,6 +46,21 @@ def lora_da_solvers() -> Sequence[type[Solver[Any]]]:  # type: ignore[empty-body
 @hookspec
 def lora_da_objectives() -> Sequence[type[Objective[Any]]]:  # type: ignore[empty-body]
     """Objectives this plugin offers."""
+
+
+@hookspec
+def lora_da_rank_allocators() -> Sequence[type[RankAllocator[Any]]]:  # type: ignore[empty-body]
+    """Rank allocators this plugin offers."""
+
+
+@hookspec
+def lora_da_regularizers() -> Sequence[type[Regularizer[Any]]]:  # type: ignore[empty-body]
+    """Regularizers this plugin offers."""
+
+
+@hookspec
+def lora_da_trainer_plugins() -> Sequence[type[TrainerPlugin[Any]]]:  # type: ignore[empty-body]
+    """Optimizers and callbacks for trainers this plugin offers."""
 
 
 @hookspec

@@ -19,6 +19,9 @@ from lora_da_core.types import (
     FisherStatistics,
     LabelKind,
     LayerSpec,
+    LayerSpectrum,
+    LoraFactors,
+    RankUnit,
     TokenMask,
 )
 
@@ -166,6 +169,17 @@ class LossProbe(ABC):
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
         """Where a layer's changes must lie, and the dtype that suits them."""
 
+    def weights(self, layer: str) -> Tensor:
+        """W of a layer, (out, in), as it is or as it acts where it is stored otherwise; to be read, never written.
+
+        Args:
+            layer: Its name.
+
+        Raises:
+            TypeError: This probe has no weights to show.
+        """
+        raise TypeError(f"this probe does not show the weights of {layer}")
+
 
 class GradientEstimator(Component[OptionsT]):
     """Estimates the mean gradient G (out, in) of one layer.
@@ -178,6 +192,11 @@ class GradientEstimator(Component[OptionsT]):
     def forward_only(self) -> bool:
         """Whether the estimate comes from a `LossProbe` instead of a backward pass."""
         return False
+
+    @property
+    def follows_loss(self) -> bool:
+        """Whether G is the loss's gradient, or an estimate of it; not, where another target takes its place."""
+        return True
 
     @property
     def exact(self) -> bool:
@@ -233,6 +252,18 @@ class Objective(Component[OptionsT]):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-sample losses (samples,), each the mean over that sample's own label tokens."""
 
+    def complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """Adds what only the model at its start can say, such as a reference's log-probabilities; asked once per batch.
+
+        Args:
+            model: The base function, in evaluation mode, without a graph.
+            batch: On the model's device.
+
+        Returns:
+            The batch, what was added having one row per sample; as it is where nothing is missing.
+        """
+        return batch
+
     @abstractmethod
     def label_counts(self, batch: Batch) -> Tensor:
         """How many labels each sample's loss averages over, (samples,); 0 says there is nothing to learn."""
@@ -261,3 +292,105 @@ class Objective(Component[OptionsT]):
         root of its probability). Only objectives with a likelihood can offer it.
         """
         raise TypeError(f"objective {self.name!r} cannot draw labels from the model")
+
+
+class RankAllocator(Component[OptionsT]):
+    """Shares a budget of ranks among layers that were solved at the largest rank each may get."""
+
+    @property
+    def unit(self) -> RankUnit:
+        """What a rank costs: one, or its layer's in + out parameters."""
+        return "rank"
+
+    @property
+    def budget(self) -> int | None:
+        """The whole budget, in units; None for what the configured ranks come to."""
+        return None
+
+    @property
+    def smallest_rank(self) -> int:
+        """The rank that every layer gets at least; PEFT knows no rank 0."""
+        return 1
+
+    def largest_rank(self, spec: LayerSpec) -> int:
+        """The rank that a layer is solved at; the core lowers it to what the layer's sizes and tokens allow.
+
+        Args:
+            spec: The layer, at its configured rank.
+        """
+        return 4 * spec.rank
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether `LayerSpectrum.curvature` is wanted; it takes one product with J for every direction."""
+        return False
+
+    @abstractmethod
+    def allocate(
+        self, spectra: Mapping[str, LayerSpectrum], costs: Mapping[str, int], budget: int
+    ) -> Mapping[str, int]:
+        """The rank of every layer.
+
+        Args:
+            spectra: By layer, at least `smallest_rank` values each.
+            costs: What one rank costs, by layer, in units.
+            budget: Units to spend at most; `smallest_rank` everywhere fits.
+
+        Returns:
+            Ranks between `smallest_rank` and the number of values, by layer.
+        """
+
+    def order(self, spectrum: LayerSpectrum) -> Sequence[int]:
+        """Which directions of a layer are kept first; a layer of rank r keeps the first r of these.
+
+        Args:
+            spectrum: The layer's.
+
+        Returns:
+            A permutation of its directions; by default the smallest eigenvalues come first.
+        """
+        return range(len(spectrum.values))
+
+
+class Regularizer(Component[OptionsT]):
+    """A penalty on the factors of an adapter in training, from the Fisher of data that it must not forget."""
+
+    @abstractmethod
+    def penalty(
+        self,
+        factors: Mapping[str, LoraFactors],
+        start: Mapping[str, LoraFactors],
+        scaling: Mapping[str, float],
+        fishers: Mapping[str, LayerFisher],
+    ) -> Tensor:
+        """The penalty, a scalar that can be differentiated with respect to the factors.
+
+        Args:
+            factors: A and B of every layer as they are now.
+            start: As they were when training began.
+            scaling: PEFT's factor on B·A by layer.
+            fishers: The Fisher of every layer's weights.
+        """
+
+    def doubts(self, start: Mapping[str, LoraFactors]) -> Sequence[str]:
+        """What a penalty from this start leaves open, one sentence each.
+
+        Args:
+            start: A and B of every layer when training begins.
+
+        Returns:
+            Nothing where all is well.
+        """
+        return ()
+
+
+class TrainerPlugin(Component[OptionsT]):
+    """Changes how a trainer trains: an optimizer, or a callback."""
+
+    @abstractmethod
+    def attach(self, trainer: Any) -> None:
+        """Makes a trainer use it; to be called between making the trainer and `trainer.train()`.
+
+        Args:
+            trainer: transformers' Trainer, or one that is derived from it, with a PeftModel.
+        """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.allocation import Allocation
 from lora_da_core.errors import OptionError
 from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
@@ -263,6 +264,10 @@ class _Layers:
         parts, config = self.pipeline.components, self.pipeline.config
         targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
         self.specs = targets.specs
+        if parts.allocator is not None:
+            # Layers are solved at the largest rank that they may get.
+            tokens = {spec.name: self.workload.total for spec in targets.specs}
+            self.specs = Allocation(self.pipeline.registry, parts.allocator, targets.specs).largest(tokens)
         self.notes += targets.notes
         probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config)
         layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
@@ -285,7 +290,7 @@ class _Layers:
 
     def _layer(self, spec: LayerSpec, module: nn.Module, probe: WorkspaceProbe) -> LayerBytes:
         parts, registry, workload = self.pipeline.components, self.pipeline.registry, self.workload
-        weight = getattr(module, "weight", None)
+        weight = getattr(module, spec.parameter, None)
         # The weights of a quantized layer are no floating numbers; its inputs are.
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.bfloat16
         itemsize = accumulation_dtype(dtype).itemsize

@@ -62,7 +62,9 @@ def trace(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, ba
     modules = dict(copied.named_modules())
     taps = _Taps(batch, updates, backward)
     for name in updates:
-        modules[name].register_forward_hook(taps.hook(name))
+        # Experts are no modules of their own; how many tokens reach each is not to be known without data.
+        if name in modules:
+            modules[name].register_forward_hook(taps.hook(name))
     tensors = itertools.chain(copied.parameters(), copied.buffers())
     with fake, Allocations(tensors, answers=True) as allocations, torch.set_grad_enabled(backward):
         losses = _losses(copied, batch)

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_REPACKS = "support_avx512bf16_for_cpu"
+"""By this attribute bitsandbytes decides whether a forward pass on a CPU re-packs 4-bit weights in place, with loss."""
+
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and frozen weights, put back as found whatever happens."""
+    """Evaluation mode, frozen weights and no compiled code, put back as found whatever happens.
+
+    What `module.compile()` has compiled runs as it is written meanwhile: compiled code would not see new hooks.
+    """
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
+    repacking = [module for module in model.modules() if getattr(module, _REPACKS, False)]
     modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
+        for module, _ in compiled:
+            module._compiled_call_impl = None
+        for module in repacking:
+            setattr(module, _REPACKS, False)
         for parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        for module in repacking:
+            setattr(module, _REPACKS, True)
         for module, mode in modes:
             module.training = mode
+        for module, code in compiled:
+            module._compiled_call_impl = code
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
 
@@ -44,3 +60,30 @@ def first_non_finite_module(model: nn.Module, run: Callable[[], Any]) -> str | N
             stack.callback(handle.remove)
         run()
     return found[0] if found else None
+
+
+def quantization_notes(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Says so where layers' weights are quantized, which moves the gradient.
+
+    Args:
+        modules: The layers by name.
+
+    Returns:
+        One note, or none.
+    """
+    kinds = [
+        f"{type(module).__name__} of {type(weight).__name__}"
+        for module in modules.values()
+        if isinstance(weight := getattr(module, "weight", None), Tensor) and _is_quantized(weight)
+    ]
+    if not kinds:
+        return []
+    return [
+        f"{len(kinds)} of {len(modules)} layers are quantized ({', '.join(sorted(set(kinds)))}): gradients and Fisher "
+        "are those of the quantized weights, not of the ones before quantization"
+    ]
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    """Packed codes, or torchao's tensors, which name the dtype that they de-quantize to."""
+    return not weight.is_floating_point() or type(weight).__module__.partition(".")[0] == "torchao"

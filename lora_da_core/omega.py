@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_da_core.operators import DenseMap, LinearMap, NegatedGram, Scaled, Sum, SymmetricOperator
-from lora_da_core.types import LoraFactors, Spectrum
+from lora_da_core.types import LoraFactors, Pairing, Spectrum
 
 DENSE_STEP_ELEMENTS = 2**22
 """Up to this many elements Δ_raw is formed: fewer products per application than through the Fisher's factors."""
@@ -104,6 +104,43 @@ def fixed_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraF
     return _stored(solution.basis.mT * root, solution.projected * root, dtype)
 
 
+def stable_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraFactors:
+    """A = A0ᵀ and B = B0ᵀ, both times out^¼/√γ: outputs that neither vanish nor grow with width (arXiv 2407.05000).
+
+    Args:
+        solution: The layer's solution.
+        gamma: γ > 0.
+        dtype: Dtype of the factors.
+
+    Returns:
+        A (r, in) and B (out, r).
+    """
+    return fixed_factors(solution, gamma / math.sqrt(solution.projected.shape[0]), dtype)
+
+
+def paired(solution: Subspace, pairing: Pairing) -> Subspace:
+    """Lets A and B span different blocks of the singular directions of a solution of twice the rank.
+
+    LoRA-GA (arXiv 2407.05000) takes the first r right and the next r left singular vectors of the gradient, LOI (arXiv
+    2507.12142) the first r left and the next r right ones, which maximises the gradient's part in the tangent space of
+    the fixed-rank manifold there.
+
+    Args:
+        solution: Of rank 2r.
+        pairing: Which block comes first.
+
+    Returns:
+        Of rank r; the columns of `projected` have unit norm, and 0 where there is no direction.
+    """
+    u, values, vh = torch.linalg.svd(solution.projected, full_matrices=False)
+    present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
+    right, left, rank = solution.basis @ vh.mT, u * present, solution.basis.shape[1] // 2
+    first, second = slice(None, rank), slice(rank, None)
+    if pairing == "right_first":
+        return replace(solution, basis=right[:, first], projected=left[:, second])
+    return replace(solution, basis=right[:, second], projected=left[:, first])
+
+
 @dataclass(frozen=True)
 class WeightStep:
     """A change of a layer's weights of low rank, left·rightᵀ.
@@ -134,6 +171,12 @@ def unit_step(solution: Subspace, spectrum: Spectrum) -> WeightStep:
     u, values, vh = torch.linalg.svd(solution.projected, full_matrices=False)
     present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
     return WeightStep((u * present) @ vh, solution.basis)
+
+
+def of_norm(step: WeightStep, norm: float) -> WeightStep:
+    """The step with another Frobenius norm; a zero step stays zero."""
+    size = float(step.left.norm())
+    return replace(step, left=step.left * (norm / size)) if size > 0 else step
 
 
 class StepLine:

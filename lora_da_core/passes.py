@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.capture import CaptureTask
+from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
+from lora_da_core.taps import TokenLedger
 from lora_da_core.types import Batch
 
 Names = Sequence[str]
@@ -19,7 +20,7 @@ Names = Sequence[str]
 
 
 def input_groups(task: CaptureTask, batches: Sequence[Batch]) -> list[Names]:
-    """The layers that read one input tensor, found by running one sample of each batch until every layer has run.
+    """The layers that read one input tensor alike, found by running one sample of each batch until every layer has run.
 
     Args:
         task: The model and its layers.
@@ -47,19 +48,20 @@ def input_groups(task: CaptureTask, batches: Sequence[Batch]) -> list[Names]:
 
 
 def _note_leaders(task: CaptureTask, sample: Batch, leaders: dict[str, str]) -> None:
-    # The tensors are kept, or another one could take the place, and with it the id, of one that is gone.
-    readers: dict[int, tuple[Tensor, str]] = {}
+    specs = {spec.name: spec for spec in task.specs}
 
-    def reader(name: str) -> Callable[[nn.Module, Any], None]:
-        def look(module: nn.Module, args: Any) -> None:
-            if args:
-                leaders.setdefault(name, readers.setdefault(id(args[0]), (args[0], name))[1])
+    def mask_of(name: str, tokens: int) -> Tensor:
+        return task.objective.token_mask(sample, specs[name], task.token_mask, tokens)
 
-        return look
+    ledger = TokenLedger(1, mask_of, task.device)
 
-    with contextlib.ExitStack() as stack:
-        for spec in task.specs:
-            stack.callback(task.modules[spec.name].register_forward_pre_hook(reader(spec.name)).remove)
+    def look(call: Call) -> Tensor:
+        kind, output = KINDS[specs[call.layer].kind], call.output
+        reading = kind.reading(task.modules[call.layer])
+        leaders.setdefault(call.layer, ledger.input_of(call.inputs, call.layer, reading).leader)
+        return output
+
+    with watched(task.modules, task.specs, look):
         task.objective.losses(task.model, sample)
 
 

@@ -11,21 +11,25 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
+from lora_da_core.blame import blamed
 from lora_da_core.budget import plan_note, plan_within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
-from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
-from lora_da_core.estimation import Estimates, Job, check_tokens, estimate, sample_notes
+from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
+from lora_da_core.interfaces import LayerFisher
+from lora_da_core.modes import quantization_notes
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import Batch, LoraDAResult
+from lora_da_core.types import Batch, LayerSpec, LoraDAResult
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -42,6 +46,7 @@ def build_pipeline(
     gradient: ComponentChoice | None = None,
     objective: ComponentChoice | LossFunction = "causal_lm",
     *,
+    allocator: ComponentChoice | None = None,
     preset: str = DEFAULT_PRESET,
     config: LoraDAConfig | None = None,
 ) -> Pipeline:
@@ -53,6 +58,8 @@ def build_pipeline(
         gradient: Gradient estimator, likewise.
         objective: The loss that is differentiated, likewise, or a function of model and batch (on the model's device)
             that returns per-sample losses (samples,).
+        allocator: Shares the ranks out among the layers, likewise; `"none"` leaves every layer the rank that the LoRA
+            configuration gives it.
         preset: Setting that fills whatever is not given.
         config: Replaces the preset's configuration.
 
@@ -68,11 +75,13 @@ def build_pipeline(
     if config is not None and not isinstance(config, LoraDAConfig):
         raise OptionError(f"config is a {type(config).__name__}; give a LoraDAConfig.")
     chosen = base.solver if solver is None else solver
+    shared_out = base.allocator if allocator is None else allocator
     parts = Components(
         estimator=registry.create("estimator", base.estimator if estimator is None else estimator),
         gradient=registry.create("gradient", base.gradient if gradient is None else gradient),
         objective=objective_of(objective) if callable(objective) else registry.create("objective", objective),
         solver=None if chosen == "auto" else registry.create("solver", chosen),
+        allocator=None if shared_out == NO_ALLOCATOR else registry.create("allocator", shared_out),
     )
     parts.check()
     if parts.solver is None:
@@ -146,7 +155,7 @@ class Pipeline:
             parts = [[spec.name for spec in job.task.specs]]
         else:
             parts = divided_layers(input_groups(job.task, job.batches), most)
-        return Finish(self.registry, self.components, self.config, on_progress).result(job, parts)
+        return Finish(self.registry, self.components, self.config, job, on_progress).result(parts)
 
     def estimate(
         self,
@@ -199,6 +208,8 @@ class Pipeline:
 
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
+        self._check_ranks(model, targets.specs)
+        adapter.check_start(model, targets.modules, lora, self.config.offset)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
         counts = label_counts(self.components.objective, taken)
         task = CaptureTask(
@@ -212,8 +223,9 @@ class Pipeline:
             base_only=partial(adapter.adapters_disabled, model),
             origins=self.components.origins(self.registry),
         )
+        taken, unseen = complete(task, taken), complete(task, unseen)
         first, *later = divided(taken, self.config.rounds)
-        notes = (*targets.notes, *sample_notes(counts))
+        notes = (*targets.notes, *quantization_notes(targets.modules), *sample_notes(counts))
         for note in notes:
             logger.warning("%s", note)
         return Job(task, first, notes, later, unseen)
@@ -255,8 +267,57 @@ class Pipeline:
             specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
+        self._check_ranks(made.model, specs)
         check_tokens(specs, estimates.statistics)
-        return Finish(self.registry, self.components, self.config, on_progress).solved_again(estimates, specs)
+        job = Job(replace(made, specs=specs), estimates.batches, estimates.notes, estimates.later, estimates.unseen)
+        return Finish(self.registry, self.components, self.config, job, on_progress).solved_again(estimates)
+
+    def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:
+        """The Fisher of every layer, for what else a Fisher is good for.
+
+        Args:
+            estimates: From `estimate`, of a pipeline with the same estimator.
+            damping: Replaces the configuration's, of the same kind.
+
+        Returns:
+            By layer.
+        """
+        config, estimator = self.config, self.components.estimator
+        found = {}
+        for spec in estimates.task.specs:
+            with blamed(f"estimator {estimator.name!r}", f" on layer {spec.name}"):
+                found[spec.name] = estimator.fisher(
+                    estimates.statistics.of_layer(spec.name),
+                    damping=config.damping if damping is None else damping,
+                    damping_kind=config.damping_kind,
+                    fisher_scale=config.fisher_scale,
+                )
+        return found
+
+    def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
+        """Refuses what no allocation can serve, before any work."""
+        from lora_da_core import adapter
+
+        allocator = self.components.allocator
+        if self.config.pairing != "same":
+            if allocator is not None:
+                raise OptionError(
+                    f"allocator {allocator.name!r} and pairing={self.config.pairing!r} do not go together."
+                )
+            for spec in specs:
+                if 2 * spec.rank > min(spec.in_features, spec.out_features):
+                    raise OptionError(
+                        f"layer {spec.name} is {spec.out_features} × {spec.in_features}: pairing="
+                        f"{self.config.pairing!r} takes 2·{spec.rank} of its directions; choose a smaller rank."
+                    )
+        if allocator is None:
+            return
+        if adapter.is_peft_model(model):
+            raise OptionError(
+                f"allocator {allocator.name!r} changes ranks, which an adapter that is there already has fixed; give "
+                "the base model to get_lora_da_model."
+            )
+        Allocation(self.registry, allocator, specs)
 
 
 def get_lora_da_model(
@@ -277,15 +338,34 @@ def get_lora_da_model(
         adapter_name: Name of the adapter.
 
     Returns:
-        A stock PeftModel.
+        A stock PeftModel; with what the configuration's `offset` and `frozen` ask for.
     """
     from lora_da_core import adapter
 
     if adapter.is_peft_model(model):
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
     adapter.check_adapter_name(adapter_name)
-    result = (pipeline or build_pipeline()).run(model, batches, peft_config)
-    return adapter.apply(model, peft_config, result.factors, adapter_name)
+    chosen = pipeline or build_pipeline()
+    result = chosen.run(model, batches, peft_config)
+    fitted, start = get_lora_da_config(peft_config, result), chosen.config
+    return adapter.apply(model, fitted, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
+
+
+def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:
+    """The LoRA configuration that a result's factors fit: with the ranks that an allocator gave, as patterns.
+
+    PEFT's factor on B·A stays what it was in every layer: α/r, or α/√r with rsLoRA, of the configured rank.
+
+    Args:
+        peft_config: The configuration of the run.
+        result: The run's result.
+
+    Returns:
+        A copy; an equal one where no allocator was asked.
+    """
+    from lora_da_core import adapter
+
+    return adapter.allocated_config(peft_config, result.report.allocation)
 
 
 def get_lora_da_state_dict(
@@ -307,10 +387,19 @@ def get_lora_da_state_dict(
 
     Returns:
         `base_model.model.<module>.lora_A.weight` and `…lora_B.weight`.
+
+    Raises:
+        OptionError: The pipeline has an allocator.
     """
     from lora_da_core import adapter
 
-    result = (pipeline or build_pipeline()).run(model, batches, peft_config, adapter_name=adapter_name)
+    chosen = pipeline or build_pipeline()
+    if chosen.components.allocator is not None:
+        raise OptionError(
+            "a state dict does not hold the ranks' scaling that an allocator gives; use get_lora_da_model, or "
+            "Pipeline.run and get_lora_da_config."
+        )
+    result = chosen.run(model, batches, peft_config, adapter_name=adapter_name)
     return adapter.state_dict(result.factors)
 
 
@@ -338,6 +427,11 @@ def initialize_lora_da_weights(
 
     if (batches is None) == (state_dict is None):
         raise OptionError("give either batches or state_dict.")
-    if state_dict is None and batches is not None:
-        state_dict = get_lora_da_state_dict(peft_model, batches, pipeline=pipeline, adapter_name=adapter_name)
-    adapter.write(peft_model, state_dict or {}, adapter_name)
+    if state_dict is not None or batches is None:
+        adapter.write(peft_model, state_dict or {}, adapter_name)
+        return
+    chosen = pipeline or build_pipeline()
+    result = chosen.run(peft_model, batches, adapter_name=adapter_name)
+    adapter.write(peft_model, adapter.state_dict(result.factors), adapter_name)
+    start = chosen.config
+    adapter.settle(peft_model, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)

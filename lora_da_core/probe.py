@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.capture import CaptureTask
+from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import LossProbe
+from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
-from lora_da_core.operators import LinearMap, accumulation_dtype
-from lora_da_core.taps import with_change
+from lora_da_core.operators import LinearMap
+from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
 
@@ -25,31 +27,30 @@ class LowRankProbe(LossProbe):
         self._task = task
         self._batches = batches
         self._changes: Mapping[str, LinearMap] = {}
+        self._specs = {spec.name: spec for spec in task.specs}
+        self._look: Callable[[Call], None] | None = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> LowRankProbe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(prepared(self._task.model))
             stack.enter_context(self._task.base_only())
-            for name, module in self._task.modules.items():
-                handle = module.register_forward_hook(self._hook(name))
-                stack.callback(handle.remove)
+            stack.enter_context(watched(self._task.modules, self._task.specs, self._changed))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        before = self._task.changes.get(name)
-
-        def add_changes(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            for change in (before, self._changes.get(name)):
-                if change is not None:
-                    output = with_change(output, args[0], change)
-            return output
-
-        return add_changes
+    def _changed(self, call: Call) -> Tensor:
+        output, name = call.output, call.layer
+        if self._look is not None:
+            self._look(call)
+        for change in (self._task.changes.get(name), self._changes.get(name)):
+            if change is not None:
+                kind = KINDS[self._specs[name].kind]
+                output = kind.changed(self._task.modules[name], output, call.inputs, change)
+        return output
 
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         self._changes = changes
@@ -74,32 +75,51 @@ class LowRankProbe(LossProbe):
             Σ‖x‖² and Σ‖basisᵀx‖² by layer.
         """
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in bases}
-        specs = {spec.name: spec for spec in self._task.specs}
-        part: Batch = {}
-
-        def meter(name: str) -> Callable[[nn.Module, Any], None]:
-            def add(module: nn.Module, args: Any) -> None:
-                samples = len(part["labels"])
-                rows = args[0].detach().reshape(samples, -1, args[0].shape[-1])
-                mask = self._task.objective.token_mask(part, specs[name], self._task.token_mask, rows.shape[1])
-                counted = rows[mask.to(rows.device)].to(bases[name].dtype)
-                found = torch.stack([counted.square().sum(), (counted @ bases[name]).square().sum()])
-                sums[name] += found.double().cpu()
-
-            return add
-
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            for name in bases:
-                stack.callback(self._task.modules[name].register_forward_pre_hook(meter(name)).remove)
-            for batch in self._batches:
-                labelled = labelled_part(self._task.objective, batch)
-                if labelled is not None:
-                    part = labelled
-                    self._task.objective.losses(self._task.model, to_device(part, self._task.device))
+        for batch in self._batches:
+            part = labelled_part(self._task.objective, batch)
+            if part is not None:
+                self._look = partial(self._measure, self._ledger(part), bases, sums)
+                try:
+                    with torch.no_grad():
+                        self._task.objective.losses(self._task.model, to_device(part, self._task.device))
+                finally:
+                    self._look = None
         return {name: (float(found[0]), float(found[1])) for name, found in sums.items()}
 
+    def weights(self, layer: str) -> Tensor:
+        module, kind = self._task.modules[layer], self._specs[layer].kind
+        if kind not in ("linear", "conv1d"):
+            raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
+        stored = getattr(module, "weight", None)
+        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
+            return stored.detach() if kind == "linear" else stored.detach().mT
+        # Packed weights are only known by what they do: W is the answer to the unit vectors.
+        device, _ = self.place(layer)
+        unit = torch.eye(self._specs[layer].in_features, device=device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            answers: Tensor = module(unit) - module(torch.zeros_like(unit[:1]))
+        return answers.mT
+
+    def _ledger(self, part: Batch) -> TokenLedger:
+        def mask_of(name: str, tokens: int) -> Tensor:
+            return self._task.objective.token_mask(part, self._specs[name], self._task.token_mask, tokens)
+
+        return TokenLedger(len(part["labels"]), mask_of, self._task.device)
+
+    def _measure(
+        self, ledger: TokenLedger, bases: Mapping[str, Tensor], sums: Mapping[str, Tensor], call: Call
+    ) -> None:
+        name = call.layer
+        if name not in bases:
+            return
+        module, kind, basis = self._task.modules[name], KINDS[self._specs[name].kind], bases[name]
+        rows, _ = kind.rows(module, call.inputs.detach(), None)
+        use = Use(name, ledger.input_of(call.inputs, name, kind.reading(module)), call.routed)
+        counted = ledger.places(use, len(rows)).counted
+        rows = rows if counted is None else rows[counted.to(rows.device)]
+        rows = rows.to(basis.dtype)
+        found = torch.stack([rows.square().sum(), (rows @ basis).square().sum()])
+        sums[name] += found.double().cpu()
+
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
-        weight = next(self._task.modules[layer].parameters(), None)
-        if weight is None:
-            return self._task.device, torch.float32
-        return weight.device, accumulation_dtype(weight.dtype)
+        return self._task.device_of(layer), self._task.dtype_of(self._specs[layer])

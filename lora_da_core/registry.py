@@ -16,13 +16,25 @@ import pluggy
 from lora_da_core import hookspecs
 from lora_da_core.config import ComponentChoice, Preset
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
-from lora_da_core.interfaces import API_VERSION, FisherEstimator, GradientEstimator, Objective, Solver
+from lora_da_core.interfaces import (
+    API_VERSION,
+    FisherEstimator,
+    GradientEstimator,
+    Objective,
+    RankAllocator,
+    Regularizer,
+    Solver,
+    TrainerPlugin,
+)
 
 HOOK_OF_KIND: dict[str, tuple[str, type]] = {
     "estimator": ("lora_da_fisher_estimators", FisherEstimator),
     "gradient": ("lora_da_gradient_estimators", GradientEstimator),
     "solver": ("lora_da_solvers", Solver),
     "objective": ("lora_da_objectives", Objective),
+    "allocator": ("lora_da_rank_allocators", RankAllocator),
+    "regularizer": ("lora_da_regularizers", Regularizer),
+    "trainer": ("lora_da_trainer_plugins", TrainerPlugin),
     "preset": ("lora_da_presets", Preset),
 }
 """Kinds of component: the hook that offers them and the type each must have."""

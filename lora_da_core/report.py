@@ -126,6 +126,12 @@ def totals(report: RunReport) -> Table:
         "seconds": ", ".join(f"{phase} {number(value, digits=3)}" for phase, value in report.seconds.items())
         + f"; {number(sum(report.seconds.values()), digits=3)} in all",
     }
+    if report.allocation:
+        ranks, shared = sorted(layer.rank for layer in layers), report.allocation
+        rows["ranks"] = (
+            f"{ranks[0]} to {ranks[-1]}, {shared['spent']:,} of {shared['budget']:,} {shared['unit']}s; gain "
+            f"{number(shared['gain'])} against {number(shared['configured_gain'])} as configured"
+        )
     if missed:
         rows["not converged"] = _some(missed)
     if mended:

@@ -21,7 +21,7 @@ from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
 from lora_da_core.omega import Subspace, formed, omega, subspace
 from lora_da_core.operators import LinearMap, NegatedGram, Stacked, SymmetricOperator
 from lora_da_core.registry import Registry
-from lora_da_core.types import EigenResult, FisherStatistics, LayerSpec
+from lora_da_core.types import Curvature, EigenResult, FisherStatistics, LayerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def batch_size(spec: LayerSpec, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class LayerSolution:
-    """A layer's subspace and how it was found; the eigenvalues and residuals are Ω's own, divided by σ²."""
+    """A layer's subspace and how it was found; eigenvalues and residuals are Ω's own, divided by `divisor`²."""
 
     subspace: Subspace
     values: tuple[float, ...]
@@ -72,6 +72,8 @@ class LayerSolution:
     damping: dict[str, float]
     remedies: tuple[str, ...]
     seconds: float
+    divisor: float = 1.0
+    curvature: Curvature | None = None
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,25 @@ class PreparedLayer:
     step: LinearMap
     variance: SymmetricOperator
     seconds: float
+    gradient: LinearMap | None = None
 
 
 class LayerSolver:
-    """Solves layers with one estimator, one solver (or the automatic choice) and one configuration."""
+    """Solves layers with one estimator, one solver (or the automatic choice) and one configuration.
+
+    Where `curvature` is asked for, every solution says what its directions do to the loss, to second order.
+    """
 
     def __init__(
-        self, registry: Registry, estimator: FisherEstimator[Any], solver: Solver[Any] | None, config: LoraDAConfig
+        self,
+        registry: Registry,
+        estimator: FisherEstimator[Any],
+        solver: Solver[Any] | None,
+        config: LoraDAConfig,
+        *,
+        curvature: bool = False,
     ) -> None:
+        self.curvature = curvature
         self.registry = registry
         self.estimator = estimator
         self.solver = solver
@@ -130,7 +143,8 @@ class LayerSolver:
                 f"{variance.device} on {spec.name}; they must agree"
             )
         self._check_products(step, variance, spec)
-        return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start)
+        kept = gradient if self.curvature else None
+        return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start, kept)
 
     def solve(self, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
         """Solves layers of one input size, rank and device together.
@@ -187,6 +201,10 @@ class LayerSolver:
         if not bool(solution.projected.isfinite().all()):
             raise PluginError(f"{self._named('estimator', self.estimator)} gave a step with NaN or Inf on {spec.name}")
         values = result.values.double()
+        curvature = None
+        if layer.gradient is not None:
+            with self._blamed("estimator", self.estimator, spec.name):
+                curvature = _curvature(layer.fisher, layer.gradient, solution.basis, solution.projected * divisor)
         return LayerSolution(
             subspace=solution,
             values=tuple((values / divisor**2).tolist()),
@@ -199,6 +217,8 @@ class LayerSolver:
             damping=dict(layer.fisher.damping),
             remedies=tuple(remedies),
             seconds=layer.seconds + seconds + time.perf_counter() - start,
+            divisor=divisor,
+            curvature=curvature,
         )
 
     def _check_products(self, step: LinearMap, variance: SymmetricOperator, spec: LayerSpec) -> None:
@@ -313,6 +333,18 @@ def _member(result: EigenResult, index: int) -> EigenResult:
         applies=result.applies,
         next_value=result.next_value[index],
     )
+
+
+def _curvature(fisher: LayerFisher, gradient: LinearMap, basis: Tensor, projected: Tensor) -> Curvature:
+    """Slopes and Hessian of the directions d_i = projected_i basis_iᵀ, (out, in); one product with J for each."""
+    left, right = projected.double(), basis.double()
+    slopes = (gradient.matmat(basis.to(gradient.dtype)).double() * left).sum(0)
+    rows = []
+    for place in range(left.shape[1]):
+        product = fisher.apply(torch.outer(left[:, place], right[:, place])).double()
+        rows.append((left * (product @ right)).sum(0))
+    hessian = torch.stack(rows)
+    return Curvature(slopes.cpu(), (0.5 * (hessian + hessian.mT)).cpu())
 
 
 def _ones(like: LinearMap | SymmetricOperator, rows: int) -> Tensor:

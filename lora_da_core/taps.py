@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_da_core.errors import ModelError
-from lora_da_core.operators import LinearMap
+from lora_da_core.layer_kinds import Routed
 
 
-@dataclass
+@dataclass(eq=False)
 class InputRecord:
-    """One input tensor of one forward pass; `leader` is the first layer that read it."""
+    """One input tensor of one forward pass.
+
+    Attributes:
+        leader: The first layer that read it.
+        name: What it is called in every pass: the leader and the number of its use.
+        readers: The layers that read it.
+    """
 
     leader: str
+    name: str
+    readers: set[str] = field(default_factory=set)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Use:
-    """One run of one layer in one forward pass."""
+    """One run of one layer in one forward pass; `routed` says which tokens of its module it was on, if not all."""
 
     layer: str
     input: InputRecord
+    routed: Routed | None = None
 
 
 class Tap(torch.autograd.Function):
@@ -39,7 +48,8 @@ class Tap(torch.autograd.Function):
         # Saved, not closed over: only then does activation checkpointing keep its memory saving.
         ctx.save_for_backward(inputs)
         ctx.use, ctx.sink = use, sink
-        return output
+        # Detached: an output that is the input itself may not be changed in place, as activations sometimes do.
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -48,19 +58,26 @@ class Tap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-def with_change(output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
-    """A layer's output as it were with weights W + change.
+@dataclass(frozen=True)
+class Places:
+    """Whose tokens are whose, and which count.
 
-    Args:
-        output: (…, out), the layer's own.
-        inputs: (…, in).
-        change: (out, in).
-
-    Returns:
-        (…, out), in the output's dtype.
+    Attributes:
+        example: (tokens,), int64, each token's sample.
+        counted: The numbers of those that count for the Fisher, int64; None where all do.
     """
-    rows = inputs.flatten(0, -2).to(change.dtype)
-    return output + change.apply_to_rows(rows).reshape(output.shape).to(output.dtype)
+
+    example: Tensor
+    counted: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A token mask as it came, and as what is needed of it."""
+
+    given: Tensor
+    places: Places
+    flags: Tensor
 
 
 class TokenLedger:
@@ -76,48 +93,88 @@ class TokenLedger:
         self.uses: dict[str, int] = {}
         self.waiting: dict[str, list[tuple[Use, Tensor, Tensor | None]]] = {}
         self.finite: dict[str, Tensor] = {}
-        self.group_inputs: dict[str, list[InputRecord]] = {}
-        self._inputs: dict[int, tuple[weakref.ref[Tensor], InputRecord]] = {}
-        self._places: list[tuple[Tensor, tuple[Tensor, Tensor | None]]] = []
+        self.taken: set[tuple[str, ...]] = set()
+        """Keys of the inputs whose shared statistics have this pass's tokens."""
+        self._read: dict[str, list[InputRecord]] = {}
+        self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], InputRecord]] = {}
+        self._masks: list[_Mask] = []
 
-    def input_of(self, inputs: Tensor, layer: str) -> InputRecord:
-        """The record of this tensor; layers given the very same tensor get the same record."""
-        known = self._inputs.get(id(inputs))
+    def input_of(self, inputs: Tensor, layer: str, reading: Hashable = ()) -> InputRecord:
+        """The record of this tensor; layers given the very same one, which they read alike, get the same record."""
+        known = self._inputs.get((id(inputs), reading))
         if known is not None and known[0]() is inputs:
-            return known[1]
-        record = InputRecord(layer)
-        self._inputs[id(inputs)] = (weakref.ref(inputs), record)
+            record = known[1]
+        else:
+            record = InputRecord(layer, f"{layer}:{len(self._read.get(layer, []))}")
+            self._inputs[id(inputs), reading] = (weakref.ref(inputs), record)
+        record.readers.add(layer)
+        self._read.setdefault(layer, []).append(record)
         return record
 
-    def flat(self, uses: Sequence[Tensor], name: str) -> Tensor:
-        """(samples, …, features) of each use of a layer to (tokens, features) of all, use by use."""
-        flat = [use.detach().flatten(0, -2) for use in uses]
-        counts = sorted({len(use) for use in flat})
-        if len(counts) > 1:
+    def key_of(self, layer: str, records: Sequence[InputRecord]) -> tuple[str, ...]:
+        """What layers that read the same inputs, and no others, have in common, also from one pass to the next."""
+        if all(record.readers == {layer} for record in records):
+            return (f"{layer}:0",)  # nobody to share with, however often it ran
+        return tuple(sorted(record.name for record in records))
+
+    def leader_of(self, layer: str, key: tuple[str, ...], first: str) -> str:
+        """Who names what a layer shares: the first reader of its inputs if it shares all of them, else the layer."""
+        read = self._read.get(first, [])
+        return first if read and self.key_of(first, read) == key else layer
+
+    def places(self, use: Use, rows: int) -> Places:
+        """Whose the tokens of one use are, and which of them count.
+
+        Args:
+            use: The use.
+            rows: How many tokens it is on.
+
+        Returns:
+            Their samples, and which count.
+
+        Raises:
+            ModelError: The tokens cannot be told apart by sample, or are not those of the token mask.
+        """
+        total = rows if use.routed is None else use.routed.total
+        if total % self.samples:
             raise ModelError(
-                f"layer {name} is used {len(uses)} times, on {counts} tokens of a batch; uses of different lengths are "
-                "not supported. Exclude it with exclude_modules."
-            )
-        if counts[0] % self.samples:
-            raise ModelError(
-                f"layer {name} saw {counts[0]} tokens in a batch of {self.samples} samples, so they cannot be told "
+                f"layer {use.layer} saw {total} tokens in a batch of {self.samples} samples, so they cannot be told "
                 "apart by sample. Exclude it with exclude_modules."
             )
-        return torch.cat(flat) if len(flat) > 1 else flat[0]
+        mask = self._mask(use.layer, total)
+        if use.routed is None:
+            return mask.places
+        taken = use.routed.places
+        flags = mask.flags[taken.to(self.device)]
+        counted = None if mask.places.counted is None else flags.nonzero().squeeze(1)
+        return Places(mask.places.example[taken.to(self.device)], counted)
 
-    def examples_and_mask(self, name: str, tokens: int, uses: int) -> tuple[Tensor, Tensor | None]:
-        """Each token's sample (tokens·uses,) and the indices of those that count, None where all do."""
-        mask = self.mask_of(name, tokens // self.samples)
-        if tuple(mask.shape) != (self.samples, tokens // self.samples):
+    def joined(self, uses: Sequence[Use], rows: Sequence[int]) -> Places:
+        """`places` of several uses, one after the other, each on the number of tokens in `rows`."""
+        parts = [self.places(use, count) for use, count in zip(uses, rows, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        counted: list[Tensor] = []
+        start = 0
+        for part, count in zip(parts, rows, strict=True):
+            own = torch.arange(count, device=self.device) if part.counted is None else part.counted
+            counted.append(own + start)
+            start += count
+        example = torch.cat([part.example for part in parts])
+        return Places(example, None if all(part.counted is None for part in parts) else torch.cat(counted))
+
+    def _mask(self, layer: str, total: int) -> _Mask:
+        given = self.mask_of(layer, total // self.samples)
+        if tuple(given.shape) != (self.samples, total // self.samples):
             raise ModelError(
-                f"layer {name} saw {tokens} tokens where the token mask has {tuple(mask.shape)}; "
+                f"layer {layer} saw {total} tokens where the token mask has {tuple(given.shape)}; "
                 "exclude it with exclude_modules."
             )
-        key = mask.repeat(uses, 1) if uses > 1 else mask
-        for seen, places in self._places:
-            if seen is key or (seen.shape == key.shape and torch.equal(seen, key)):
-                return places
-        example = torch.arange(self.samples, device=self.device).repeat_interleave(tokens // self.samples).repeat(uses)
-        counted = None if bool(key.all()) else key.flatten().nonzero().squeeze(1).to(self.device)
-        self._places.append((key, (example, counted)))
-        return example, counted
+        for mask in self._masks:
+            if mask.given is given or (mask.given.shape == given.shape and torch.equal(mask.given, given)):
+                return mask
+        example = torch.arange(self.samples, device=self.device).repeat_interleave(total // self.samples)
+        counted = None if bool(given.all()) else given.flatten().nonzero().squeeze(1).to(self.device)
+        made = _Mask(given, Places(example, counted), given.flatten().to(self.device))
+        self._masks.append(made)
+        return made

@@ -16,9 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_core import testing_estimators, testing_gradients, testing_solvers
+from lora_da_core import (
+    testing_allocators,
+    testing_estimators,
+    testing_gradients,
+    testing_regularizers,
+    testing_solvers,
+)
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, LayerFisher, Solver
+from lora_da_core.interfaces import FisherEstimator, GradientEstimator, LayerFisher, RankAllocator, Regularizer, Solver
 from lora_da_core.operators import Dense, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.testing_data import Check, Tokens, collect, layer
@@ -139,10 +145,38 @@ def gradient_checks(cls: type[GradientEstimator[Any]], *, options: Options = Non
     return testing_gradients.checks(cls, options or {})
 
 
+def allocator_checks(cls: type[RankAllocator[Any]], *, options: Options = None) -> Iterator[Check]:
+    """What a rank allocator must fulfil.
+
+    Args:
+        cls: The class.
+        options: Its options.
+
+    Returns:
+        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
+    """
+    return testing_allocators.checks(cls, options or {})
+
+
+def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) -> Iterator[Check]:
+    """What a regularizer must fulfil.
+
+    Args:
+        cls: The class.
+        options: Its options.
+
+    Returns:
+        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
+    """
+    return testing_regularizers.checks(cls, options or {})
+
+
 CHECKS_OF_KIND: dict[str, Callable[..., Iterator[Check]]] = {
     "estimator": estimator_checks,
     "gradient": gradient_checks,
     "solver": solver_checks,
+    "allocator": allocator_checks,
+    "regularizer": regularizer_checks,
 }
 """The kinds of component that the kit knows, and their checks."""
 
@@ -177,7 +211,7 @@ def check_plugin(name: str, *, options: Options = None) -> tuple[CheckResult, ..
 
     Raises:
         OptionError: No component of that name has an option.
-        UnknownNameError: No estimator, gradient estimator or solver has that name.
+        UnknownNameError: No component of a kind that the kit knows has that name.
         PluginError: Checks failed; the message lists each with its fault.
     """
     registry = Registry()

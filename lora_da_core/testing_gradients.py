@@ -42,7 +42,8 @@ def checks(cls: type[GradientEstimator[Any]], options: Mapping[str, Any]) -> Ite
     """All checks of a gradient estimator, as (name, callable).
 
     An estimator that approximates sets an attribute or property `exact = False`: it must then be exact where G has
-    rank one, and its error must stay below twice the norm of G.
+    rank one, and its error must stay below twice the norm of G. One that puts another target in the gradient's place
+    sets `follows_loss = False`; form and repeatability are all that is asked of it.
 
     Args:
         cls: The gradient estimator.
@@ -52,7 +53,10 @@ def checks(cls: type[GradientEstimator[Any]], options: Mapping[str, Any]) -> Ite
         An iterator.
     """
     subject = Subject(cls, options)
-    return checks_of(subject, _FORWARD_CHECKS if subject.make().forward_only else _BACKWARD_CHECKS)
+    made = subject.make()
+    if not made.follows_loss:
+        return checks_of(subject, _TARGET_CHECKS)
+    return checks_of(subject, _FORWARD_CHECKS if made.forward_only else _BACKWARD_CHECKS)
 
 
 def _accumulated(subject: Subject, batches: Sequence[Tokens], dtype: torch.dtype = torch.float64) -> Any:
@@ -206,6 +210,10 @@ class QuadraticProbe(LossProbe):
     def place(self, layer: str) -> tuple[torch.device, torch.dtype]:
         return CPU, self.data[layer][0].dtype
 
+    def weights(self, layer: str) -> Tensor:
+        x, misfit = self.data[layer]
+        return misfit.mT @ x
+
     def gradients(self) -> dict[str, Tensor]:
         """The true G of each layer, (out, in)."""
         return {name: misfit.mT @ x / self.samples for name, (x, misfit) in self.data.items()}
@@ -251,6 +259,19 @@ def forward_estimates_depend_on_the_generator_alone(subject: Subject) -> None:
     require(probe.calls > 0, "estimate() never asked the probe for losses")
 
 
+def targets_depend_on_model_and_generator_alone(subject: Subject) -> None:
+    """Finite, of the layer's shape, the same for the same seed, and nothing global is touched."""
+    require(subject.make().forward_only, "an estimator that does not follow the loss must be forward-only")
+    probe = QuadraticProbe((2, 1), (3, 2))
+    first, second = (_estimated(subject, probe, 1) for _ in range(2))
+    same_bytes(first, second, "two estimates with one seed")
+    for spec in probe.specs:
+        shape = (spec.out_features, spec.in_features)
+        require(tuple(first[spec.name].shape) == shape, f"G of {spec.name} is not (out, in) = {shape}")
+        require(bool(first[spec.name].isfinite().all()), f"G of {spec.name} is not finite")
+    undisturbed(lambda: _estimated(subject, probe, 2))
+
+
 _BACKWARD_CHECKS = (
     declares_itself,
     gradient_is_the_mean_over_samples,
@@ -267,3 +288,4 @@ _FORWARD_CHECKS = (
     forward_gradient_is_right_on_average,
     forward_estimates_depend_on_the_generator_alone,
 )
+_TARGET_CHECKS = (declares_itself, targets_depend_on_model_and_generator_alone)

@@ -13,6 +13,7 @@ import torch
 
 from lora_da_core.errors import OptionError
 from lora_da_core.pipeline import Pipeline, build_pipeline
+from lora_da_core.preferences import preference_batches
 from lora_da_core.types import RunReport
 
 SAMPLES = 64
@@ -24,13 +25,14 @@ def init_before_training(
 ) -> RunReport:
     """Initialises a trainer's adapter in place, to be called between making the trainer and `trainer.train()`.
 
-    Works with transformers' Trainer, TRL's SFTTrainer and whatever has their `model`, `get_train_dataloader()` and
-    `state`. The trainer then sees the same batches as without it: random states are put back. A data set that can be
-    read only once loses the samples that are read here.
+    Works with transformers' Trainer, TRL's SFTTrainer and DPOTrainer, and whatever has their `model`,
+    `get_train_dataloader()` and `state`. The trainer then sees the same batches as without it: random
+    states are put back. A data set that can be read only once loses the samples that are read here.
 
     Args:
         trainer: A trainer whose model is a PeftModel with a LoRA adapter.
-        pipeline: None builds the default one; its objective must suit the trainer's loss.
+        pipeline: None builds the default one, with the objective `dpo` and the trainer's β where the trainer collates
+            preferences as TRL's DPOTrainer does. The objective of a given one must suit the trainer's loss.
         samples: Samples to read; None takes the pipeline's `samples`, or 64.
         adapter_name: The adapter.
 
@@ -38,7 +40,7 @@ def init_before_training(
         What was done.
 
     Raises:
-        OptionError: Training has begun.
+        OptionError: Training has begun, or the trainer's preference loss is not the one that `dpo` is.
         TargetError: The model is no PeftModel.
         LoraDAError: As `Pipeline.run`.
     """
@@ -50,7 +52,8 @@ def init_before_training(
         )
     accelerator = getattr(trainer, "accelerator", None)
     model = trainer.model if accelerator is None else accelerator.unwrap_model(trainer.model)
-    chosen = pipeline or build_pipeline()
+    preferences = _collates_preferences(trainer)
+    chosen = pipeline or (_preference_pipeline(trainer) if preferences else build_pipeline())
     wanted = samples or chosen.config.samples or SAMPLES
     data = getattr(trainer, "train_dataset", None)
     population = chosen.config.population or (len(data) if isinstance(data, Sized) else None)
@@ -58,9 +61,27 @@ def init_before_training(
     adapter.config_of(model, adapter_name)
     with _random_states():
         loader = trainer.get_train_dataloader()
+        loader = preference_batches(loader) if preferences else loader
         result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
+    adapter.settle(model, result.factors, adapter_name, offset=config.offset, frozen=config.frozen)
     return result.report
+
+
+def _collates_preferences(trainer: Any) -> bool:
+    """Whether the trainer's batches are those of TRL's collator for preferences; TRL itself is not imported."""
+    collator = type(getattr(trainer, "data_collator", None))
+    return any(cls.__name__ == "DataCollatorForPreference" for cls in collator.__mro__)
+
+
+def _preference_pipeline(trainer: Any) -> Pipeline:
+    kinds = trainer.args.loss_type
+    if kinds not in ("sigmoid", ["sigmoid"]):
+        raise OptionError(
+            f"the trainer's loss_type is {kinds}, the objective 'dpo' is the sigmoid loss alone; give a pipeline with "
+            "the objective to start from, such as build_pipeline(objective='dpo') or 'rpo'."
+        )
+    return build_pipeline(objective=("dpo", {"beta": trainer.args.beta}))
 
 
 @contextlib.contextmanager

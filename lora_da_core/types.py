@@ -15,9 +15,30 @@ Balance = Literal["activation", "norm", "even"]
 DampingKind = Literal["relative", "absolute"]
 FisherScale = Literal["token_mean", "sample"]
 LabelKind = Literal["empirical", "sampled", "exact"]
+Frozen = Literal["none", "A"]
+Offset = Literal["none", "base", "frozen_adapter"]
+Pairing = Literal["same", "right_first", "left_first"]
+RankUnit = Literal["rank", "parameter"]
+Scale = Literal["auto", "fixed", "stable", "product", "unit"]
 Spectrum = Literal["kept", "flat"]
 TokenMask = Literal["labels", "attention"]
 Unsupported = Literal["error", "default"]
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """Where an adapter keeps a layer's A and B.
+
+    Attributes:
+        name: Module name, or the parameter's, where a bare parameter is adapted; layers of one name, experts, are
+            stored together.
+        keys: Names of A and B in the adapter's file, below PEFT's prefix.
+        shapes: Shapes of A and B as they are stored.
+    """
+
+    name: str
+    keys: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,15 @@ class LayerSpec:
     """One adapted layer y = Wx, as PEFT will adapt it.
 
     Attributes:
-        name: Module name in the base model, without PEFT's prefixes.
+        name: Module name in the base model, without PEFT's prefixes; of an expert `<module>.<parameter>.<number>`.
         kind: How the module stores its weight, e.g. `"linear"`.
         in_features: Size of x.
         out_features: Size of y.
         rank: PEFT's rank r for this layer, `rank_pattern` applied.
         scaling: PEFT's factor on B·A, `alpha_pattern` and rsLoRA applied.
+        parameter: Name of the weight in its module.
+        expert: Which expert of a stacked weight the layer is; None where the weight is its own.
+        stored: How the adapter keeps its factors; None where as A (r, in) and B (out, r) of the module.
     """
 
     name: str
@@ -39,6 +63,9 @@ class LayerSpec:
     out_features: int
     rank: int
     scaling: float
+    parameter: str = "weight"
+    expert: int | None = None
+    stored: StoredFactors | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +112,54 @@ class EigenResult:
 
 
 @dataclass(frozen=True)
+class Curvature:
+    """The second-order loss change of a layer's directions d_i = (Δ_rawᵀ v_i) v_iᵀ, v_i the eigenvectors of Ω.
+
+    Keeping the directions of a set S changes the loss by about Σ slopes_i + ½ Σ hessian_ij, sums over S (derived).
+
+    Attributes:
+        slopes: (R,), ⟨G, d_i⟩, float64 on the CPU.
+        hessian: (R, R), ⟨d_i, J d_j⟩ with the damped Fisher J, float64 on the CPU.
+    """
+
+    slopes: Tensor
+    hessian: Tensor
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What a rank allocator sees of one layer, solved at the largest rank R it may get.
+
+    Attributes:
+        values: (R,), the smallest eigenvalues of Ω, ascending, float64 on the CPU.
+        scale: Squared weights that one unit of `values` stands for: σ², or 1 where Δ is not divided by σ.
+        curvature: The directions' second-order loss change, for an allocator that asks for it.
+    """
+
+    values: Tensor
+    scale: float
+    curvature: Curvature | None = None
+
+    @property
+    def gains(self) -> Tensor:
+        """What each direction takes off the expected squared error of the weights, max(0, −σ²λ_i), descending."""
+        return (-self.scale * self.values).clamp(min=0.0)
+
+
+@dataclass(frozen=True)
 class LoraFactors:
-    """LoRA's two factors as stored in the adapter, before PEFT's scaling: A (r, in), B (out, r)."""
+    """LoRA's two factors as stored in the adapter, before PEFT's scaling.
+
+    Attributes:
+        A: (r, in); of a convolution (r, channels, height, width), of fused experts (experts·r, in), expert by expert.
+        B: (out, r); of a convolution (out, r, 1, 1), of fused experts (out, r·experts), the experts of one row of A
+            beside each other.
+        keys: Names in the adapter's file, below PEFT's prefix; None where `<module>.lora_A.weight` and the like.
+    """
 
     A: Tensor
     B: Tensor
+    keys: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +173,7 @@ class LayerReport:
         rank: Rank of the adapter.
         tokens: Tokens that entered the Fisher.
         sigma: ‖Δ_raw‖₂, the spectral norm of the unnormalised Fisher-gradient step.
-        ritz_values: The r smallest eigenvalues of Ω, ascending.
+        ritz_values: The r smallest eigenvalues of Ω, ascending; 2r where two blocks of directions are paired.
         gap: λ_{r+1} − λ_r of Ω, from the Ritz estimate of λ_{r+1}; NaN where the solver does not know it.
         residual: Largest ‖Ωu − λu‖ relative to the largest wanted |λ|, which is at most ‖Ω‖.
         converged: Whether the solver reached its tolerance.
@@ -143,7 +213,8 @@ class RunReport:
 
     Attributes:
         layers: One report per initialised layer, in the model's order.
-        components: Name of the component taken, by kind (`estimator`, `gradient`, `solver`, `objective`).
+        components: Name of the component taken, by kind (`estimator`, `gradient`, `solver`, `objective`, at times
+            `allocator`).
         options: Options of each component, by kind.
         config: The `LoraDAConfig` as a mapping, with what was left open filled in.
         samples: Samples that were read.
@@ -154,6 +225,8 @@ class RunReport:
         notes: Everything that was assumed, skipped or mended, in the order it happened.
         versions: Versions of this package, Python, torch, transformers and peft.
         base: Fingerprint of the base weights that the run saw.
+        allocation: How ranks were shared out: `unit`, `budget`, `spent`, the `ranks` and the `scaling` by layer, and
+            the `gain` of these ranks and of the configured ones; empty where no allocator was asked.
     """
 
     layers: tuple[LayerReport, ...]
@@ -168,11 +241,12 @@ class RunReport:
     notes: tuple[str, ...]
     versions: Mapping[str, str]
     base: str
+    allocation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LoraDAResult:
-    """The factors of every layer, by module name, and the report of how they came about."""
+    """The factors by name of the module, or of a fused experts' parameter, and the report of how they came about."""
 
     factors: Mapping[str, LoraFactors]
     report: RunReport

@@ -61,7 +61,7 @@ class TestComparison:
     def test_what_a_preset_changes_is_told_by_its_name(self):
         grid = make_grid({"run": RUN, "grid": [{"preset": ["robust", "paper"], "beta": [0.03, 1.0]}]})
         labels = [each.label for each in found_in(*records_of(grid))]
-        assert labels == ["kfac β=0.03", "kfac β=1", "paper kfac β=0.03", "paper kfac β=1"]
+        assert labels == ["robust kfac β=0.03", "robust kfac β=1", "paper kfac β=0.03", "paper kfac β=1"]
 
 
 class TestAtBest:
@@ -190,6 +190,17 @@ class TestTables:
             bounds = stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
             mark = {"better": " ▼", "worse": " ▲", "": ""}[row[-1].tone]
             assert row[-1].text == f"{mean:+.4f} [{bounds.low:+.4f}, {bounds.high:+.4f}]{mark}"
+
+    def test_a_difference_that_is_shown_as_zero_is_not_marked(self):
+        records = [
+            record_of(
+                name, seed, final(1.0 + shift), baseline=name if name == "default" else None, estimator_options={}
+            )
+            for name, shift in (("kfac", 1e-7), ("default", 0.0))
+            for seed in range(3)
+        ]
+        (row,) = difference_table(comparison.differences(found_in(*records), "default")).rows
+        assert (row[-1].text, row[-1].tone) == ("+0.0000 [+0.0000, +0.0000]", "")
 
     def test_at_most_so_many_steps_the_first_and_the_last_among_them(self):
         curve = {step: 10.0 - step for step in range(10)}

@@ -87,6 +87,19 @@ def test_each_member_trains_as_it_does_alone_with_stock_peft(tokens_at_once):
         assert curve.losses[0] != pytest.approx(curve.losses[-1], abs=1e-3)
 
 
+def test_a_frozen_a_stays_and_the_rest_trains_as_it_does_alone():
+    model = tiny_model()
+    targets = adapter.resolve_targets(model, lora(4))
+    start = random_factors(targets.specs, 4, 0)
+    members = [Member(start, training_data(0), 1e-2, frozen="A"), Member(start, training_data(0), 1e-2)]
+    together = finetune_together(model, targets.modules, targets.specs, members, SETTINGS)
+    wrapped = adapter.apply(tiny_model(), lora(4), start)
+    adapter.settle(wrapped, start, "default", offset="none", frozen="A")
+    alone = finetune(wrapped, members[0].data, SETTINGS, 1e-2)
+    assert together[0].losses == pytest.approx(alone.losses, abs=2e-5)
+    assert together[0].losses[-1] != pytest.approx(together[1].losses[-1], abs=1e-4)
+
+
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_what_an_initialisation_took_out_of_the_base_is_an_offset(name):
     data, model = training_data(0), tiny_model()

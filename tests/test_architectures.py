@@ -13,7 +13,23 @@ from torch import Tensor, nn
 
 import lora_da_core
 from lora_da_core import adapter
-from tiny_models import CAUSAL, bert, causal, classes, continued, images, t5, tags, targets, texts, vit
+from tiny_models import (
+    CAUSAL,
+    bert,
+    causal,
+    classes,
+    continued,
+    images,
+    llava,
+    mamba,
+    pictured,
+    resnet,
+    t5,
+    tags,
+    targets,
+    texts,
+    vit,
+)
 
 Batch = dict[str, Tensor]
 
@@ -27,6 +43,7 @@ class Case:
     objective: str
     task_type: str | None
     layers: frozenset[str]
+    targets: str | tuple[str, ...] = "all-linear"
 
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj"})
@@ -75,7 +92,23 @@ CASES = {
         "SEQ_2_SEQ_LM",
         frozenset({"q", "k", "v", "o", "wi", "wo"}),
     ),
+    "ResNet": Case(
+        resnet,
+        lambda: {**images(), "labels": classes()},
+        "image_classification",
+        None,
+        frozenset({"convolution"}),
+        ("convolution",),
+    ),
+    # PEFT refuses the other two, which Mamba's fused kernel reads past their modules.
+    "Mamba": Case(mamba, continued, "causal_lm", "CAUSAL_LM", frozenset({"in_proj", "x_proj"}), ("in_proj", "x_proj")),
+    # Images are tokens of the text to the language model; of the rest no token mask is known.
+    "Llava": Case(llava, pictured, "causal_lm", "CAUSAL_LM", LLAMA, r".*language_model.*_proj"),
 }
+
+
+def targets_of(case: Case) -> str | list[str]:
+    return case.targets if isinstance(case.targets, str) else list(case.targets)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -92,7 +125,7 @@ def test_memory_directory_and_merged_model_compute_the_same(name: str, tmp_path:
     model = case.model()
     base, digests = logits_of(model, batch), adapter.base_digests(model)
     # PEFT trains a new head whole for its classification types, and cannot adapt it besides.
-    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=["classifier"], task_type=case.task_type)
+    lora = LoraConfig(r=2, target_modules=targets_of(case), exclude_modules=["classifier"], task_type=case.task_type)
     pipeline = lora_da_core.build_pipeline(objective=case.objective)
     peft_model = lora_da_core.get_lora_da_model(model, lora, [batch], pipeline=pipeline)
     expected = logits_of(peft_model, batch)

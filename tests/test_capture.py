@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -221,33 +222,6 @@ def test_watching_the_head_keeps_every_position(batches: list[dict[str, Any]]) -
     }
 
 
-class PartlySharing(nn.Module):
-    """`twice` runs on two tensors, `once` on the first of them alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.twice = nn.Linear(6, 6)
-        self.once = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11)
-
-    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
-        first = self.embed(input_ids)
-        second = first.tanh()
-        return (self.head(self.twice(first) + self.twice(second) + self.once(first)),)
-
-
-def test_layers_that_share_only_some_of_their_inputs_are_refused(model_unchanged: Watch) -> None:
-    with torch.random.fork_rng(devices=[]):
-        model = PartlySharing()
-    model_unchanged(model)
-    ids = torch.arange(8).reshape(2, 4)
-    with pytest.raises(lora_da_core.ModelError, match="only some of the inputs that it shares"):
-        lora_da_core.build_pipeline().run(
-            model, [{"input_ids": ids, "labels": ids}], LoraConfig(r=1, target_modules=["twice", "once"])
-        )
-
-
 class Doubled(nn.Module):
     """A layer used once, and one used twice."""
 
@@ -282,7 +256,7 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         run = capture._Run(task, torch.Generator())
         if label == "forward":
             assert not task.needs_backward
-            with run.hooks():
+            with run.taps():
                 run.find_single_uses(batches)
             assert run._single_uses == {"once"}
         found[label] = capture.collect(task, batches, generator=torch.Generator())
@@ -292,3 +266,38 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         assert ours.tokens == theirs.tokens == ids.numel() * (1 if name == "once" else 2)
         for key, value in theirs.input.items():
             torch.testing.assert_close(ours.input[key], value)
+
+
+def test_small_gradients_survive_float16(batches: list[dict[str, Any]]) -> None:
+    half = make_tiny_llama()
+    with torch.no_grad():
+        half.lm_head.weight.mul_(2.0**-14)  # gradients of the order of 1e-8, below what float16 holds
+    half = half.to(torch.float16)
+    found, expected = collect(half, batches), collect(copy.deepcopy(half).double(), batches)
+    for name, layer in expected.layers.items():
+        ours, theirs = found.layers[name].gradient, layer.gradient
+        assert ours is not None and theirs is not None
+        a, b = ours.statistics()["gradient"].double().flatten(), theirs.statistics()["gradient"].flatten()
+        assert float((b / batches[0]["labels"].numel()).abs().max()) < 2.0**-14
+        assert float(functional.cosine_similarity(a, b, dim=0)) > 0.995, name
+        assert float(a.norm() / b.norm()) == pytest.approx(1, abs=0.05), name
+
+
+def test_what_was_compiled_in_place_runs_as_written_and_is_compiled_again_afterwards(
+    batches: list[dict[str, Any]],
+) -> None:
+    model = make_tiny_llama(torch.float64)
+    expected = sums(collect(model, batches))
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    code = [layer._compiled_call_impl for layer in model.model.layers]
+    found = sums(collect(model, batches))
+    assert not calls
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert [layer._compiled_call_impl for layer in model.model.layers] == code and all(code)

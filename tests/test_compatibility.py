@@ -156,7 +156,6 @@ METHODS = {
     "orthogonal": "is another method",
 }
 SET = {
-    "target_parameters": ["q_proj.weight"],
     "layer_replication": [[0, 2], [1, 2]],
     "megatron_config": {"hidden_size": 4},
     "alora_invocation_tokens": [3, 4],
@@ -261,7 +260,17 @@ SITUATIONS = {
         "named in the report's notes with the reason; also on meta",
         "test_unsupported_layers_are_left_at_pefts_default_and_named",
     ),
-    "`Conv2d` without it": ("refused", "not initialised yet", "test_convolutions_are_refused_or_left"),
+    "`Conv2d`": (
+        "works",
+        "not with groups, dilation or another padding than zeros, which PEFT's adapter does not follow",
+        "test_convolutions_are_initialised_or_left",
+    ),
+    "`target_parameters`": (
+        "works",
+        "fused experts of transformers (Mixtral, Qwen-MoE, GPT-OSS), tested in `tests/test_layer_kinds.py`; other bare "
+        "parameters are refused",
+        "test_bare_parameters_that_are_no_experts_are_refused",
+    ),
     "a PeftModel whose adapter has changed the base (PiSSA)": (
         "refused",
         "also where a state dict is given",
@@ -273,7 +282,11 @@ SITUATIONS = {
         "pass a PeftModel",
         "test_merged_mixed_and_compiled_models",
     ),
-    "a model of `torch.compile`": ("refused", "pass the original", "test_merged_mixed_and_compiled_models"),
+    "a model of `torch.compile`, or a part": (
+        "refused",
+        "pass the original; what `.compile()` compiled in place runs as it is written while statistics are taken",
+        "test_merged_mixed_and_compiled_models",
+    ),
 }
 
 NEUTRAL = {
@@ -306,7 +319,8 @@ def test_every_situation_has_its_test() -> None:
 
 
 def test_every_field_of_pefts_configuration_is_judged() -> None:
-    judged = {name for row in (*WORKS, *REFUSALS) for name in re.findall(r"`(\w+)[=`]", row.options)}
+    options = [row.options for row in (*WORKS, *REFUSALS)] + list(SITUATIONS)
+    judged = {name for option in options for name in re.findall(r"`(\w+)[=`]", option)}
     assert {entry.name for entry in dataclasses.fields(LoraConfig)} == (
         judged & {entry.name for entry in dataclasses.fields(LoraConfig)}
     ) | NEUTRAL
@@ -533,7 +547,7 @@ def test_unsupported_layers_are_left_at_pefts_default_and_named(
     assert len(result.factors) == 3
     notes = [note for note in result.report.notes if note.startswith("left at PEFT's own initialisation")]
     assert len(notes) == 2
-    assert any("model.embed_tokens (is a Embedding; supported are Linear, Conv1D)" in note for note in notes)
+    assert any("model.embed_tokens (is a Embedding; supported are Linear, Conv1D, Conv2d)" in note for note in notes)
     assert any("layers.1.mlp.up_proj" in note and "rank 40 is above" in note for note in notes)
     assert all(note in caplog.text for note in notes)
     fresh = {key: value.clone() for key, value in get_peft_model_state_dict(wrapped(double_llama(), config)).items()}
@@ -584,22 +598,30 @@ def small_losses(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
 
 
-def test_convolutions_are_refused_or_left() -> None:
+def test_convolutions_are_initialised_or_left() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Small()
+        model, grouped = Small(), Small()
+        grouped.conv = nn.Conv2d(1, 4, 3, padding_mode="reflect", padding=1)
         batches = [{"x": torch.randn(12, 1, 8, 8), "labels": torch.arange(12) % 3}]
     config = LoraConfig(r=2, target_modules=["conv", "head"])
-    with pytest.raises(TargetError, match=r"layer conv is a Conv2d; supported are .*unsupported='default'"):
-        lora_da_core.build_pipeline(objective=small_losses).run(model, unread(), config)
+    with pytest.raises(TargetError, match=r"layer conv is a Conv2d with padding_mode.*unsupported='default'"):
+        lora_da_core.build_pipeline(objective=small_losses).run(grouped, unread(), config)
     left = lora_da_core.build_pipeline(objective=small_losses, config=LoraDAConfig(unsupported="default"))
     for low_cpu_mem_usage in (False, True):
-        peft_model = wrapped(copy.deepcopy(model), config, low_cpu_mem_usage=low_cpu_mem_usage)
-        lora_da_core.initialize_lora_da_weights(peft_model, batches, pipeline=left)
-        layers = layers_of(peft_model)
-        assert bool((layers["conv"].lora_B["default"].weight == 0).all())
-        assert bool((layers["conv"].lora_A["default"].weight != 0).any())
-        assert bool((layers["head"].lora_B["default"].weight != 0).any())
+        for made, initialised in ((model, True), (grouped, False)):
+            peft_model = wrapped(copy.deepcopy(made), config, low_cpu_mem_usage=low_cpu_mem_usage)
+            lora_da_core.initialize_lora_da_weights(peft_model, batches, pipeline=left)
+            layers = layers_of(peft_model)
+            assert bool((layers["conv"].lora_B["default"].weight != 0).any()) == initialised
+            assert bool((layers["conv"].lora_A["default"].weight != 0).any())
+            assert bool((layers["head"].lora_B["default"].weight != 0).any())
+
+
+def test_bare_parameters_that_are_no_experts_are_refused() -> None:
+    config = lora(target_modules=["k_proj"], target_parameters=["q_proj.weight"])
+    with pytest.raises(TargetError, match="q_proj is a Linear"):
+        lora_da_core.build_pipeline().run(double_llama(), unread(), config)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
@@ -616,7 +638,7 @@ def test_an_adapter_that_changed_the_base_is_refused(init: str, model_unchanged:
             entry()
 
 
-@pytest.mark.parametrize("kind", ["wrapped", "merged", "mixed", "injected", "compiled"])
+@pytest.mark.parametrize("kind", ["wrapped", "merged", "mixed", "injected", "compiled", "partly compiled"])
 def test_merged_mixed_and_compiled_models(kind: str) -> None:
     model, given = make_tiny_llama(), lora()
     if kind in ("wrapped", "merged"):
@@ -629,7 +651,10 @@ def test_merged_mixed_and_compiled_models(kind: str) -> None:
         peft.inject_adapter_in_model(given, model)
     elif kind == "compiled":
         model = torch.compile(model)  # type: ignore[assignment]
+    elif kind == "partly compiled":
+        model.model.layers[1] = torch.compile(model.model.layers[1])  # type: ignore[assignment]
     messages = {
+        "partly compiled": r"its part model\.layers\.1 is compiled",
         "wrapped": "PeftModel already; use initialize_lora_da_weights",
         "merged": "unmerge_adapter",
         "compiled": "the model is compiled",

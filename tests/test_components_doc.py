@@ -18,6 +18,7 @@ HEADINGS = {
     "Gradient estimators": "gradient",
     "Solvers": "solver",
     "Objectives": "objective",
+    "Rank allocators": "allocator",
 }
 ROWS = ("Assumes", "Formula", "Source", "Options", "Bytes", "Passes", "Flops", "Choose it")
 SHAPES = ((576, 576), (1536, 576))

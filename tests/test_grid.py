@@ -23,10 +23,10 @@ from lora_da_core.types import Batch, LayerSpec, LoraDAResult, TokenMask
 
 REGISTRY = Registry()
 ESTIMATORS = sorted(REGISTRY.names("estimator"))
-GRADIENTS = sorted(REGISTRY.names("gradient"))
+GRADIENTS = sorted(n for n in REGISTRY.names("gradient") if REGISTRY.create("gradient", n).follows_loss)
 SOLVERS = sorted({*REGISTRY.names("solver"), "auto"})
 RANK = 2
-FEW_PROBES = {"zeroth_order": {"steps": 4, "probes": 1}}
+FEW_PROBES = {"zeroth_order": {"steps": 4, "probes": 1}, "smoothed": {"probes": 4}}
 """Options of gradients whose defaults are meant for patience."""
 
 
@@ -136,7 +136,7 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"estimator": ("diagonal", {"per": "batch"})}, r"choose one of sample, token"),
     ({"estimator": ("sketched", {"method": "qr"})}, r"choose one of frequent_directions, nystrom, svd"),
     ({"estimator": "zeroth_order"}, r"unknown estimator 'zeroth_order'.*Available: .*kfac"),
-    ({"gradient": "kfac"}, r"unknown gradient 'kfac'.*Available: full, sketched, zeroth_order"),
+    ({"gradient": "kfac"}, r"unknown gradient 'kfac'.*Available: full, none, sketched, .*zeroth_order"),
     ({"gradient": ("zeroth_order", {"layers": "all"})}, r"choose one of together, in_turn"),
     ({"gradient": ("full", {"size": 4})}, r"no option 'size'.*Options: none"),
     ({"solver": ("auto", {"tolerance": 1e-6})}, r"unknown solver 'auto'.*Available: arpack"),

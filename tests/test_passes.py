@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, capture, finish
-from lora_da_core.passes import divided_layers, halved
+from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, capture, rounds
+from lora_da_core.passes import divided_layers, halved, input_groups
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 FIXED = LoraDAConfig(gamma=64.0)
@@ -62,6 +64,45 @@ def test_several_rounds_with_a_line_search_come_out_the_same() -> None:
     assert_same(run(4, config=LoraDAConfig(rounds=2)), run(config=LoraDAConfig(rounds=2)))
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "greedy", "parameter_budget", "sublora"])
+def test_an_allocator_shares_out_the_ranks_of_all_passes(allocator: Component) -> None:
+    several, one = run(5, allocator=allocator), run(allocator=allocator)
+    assert_same(several, one)
+    assert several.report.allocation == one.report.allocation
+    assert set(one.report.allocation["ranks"]) == set(one.factors)
+
+
+def test_later_rounds_keep_the_ranks_of_an_allocator() -> None:
+    config = LoraDAConfig(rounds=2)
+    several, one = run(5, config=config, allocator="greedy"), run(config=config, allocator="greedy")
+    assert_same(several, one)
+    assert len(set(one.report.allocation["ranks"].values())) > 1
+
+
+@pytest.mark.parametrize("pairing", ["right_first", "left_first"])
+def test_pairs_of_directions_are_those_of_one_pass(pairing: Any) -> None:
+    config = dataclasses.replace(FIXED, pairing=pairing)
+    assert_same(run(5, config=config), run(config=config))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("config", [FIXED, LoraDAConfig(rounds=2)], ids=["fixed", "rounds"])
+def test_experts_in_several_passes_are_those_of_one(config: LoraDAConfig, implementation: str) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+
+    def found(layers_per_pass: Any) -> LoraDAResult:
+        model = make_mixtral()
+        model.set_experts_implementation(implementation)
+        pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(config, layers_per_pass=layers_per_pass))
+        return pipeline.run(model, make_batches(make_samples()), lora)
+
+    several, one = found(1), found("auto")
+    assert_same(several, one)
+    left = [[note for note in each.report.notes if note.startswith("left at")] for each in (several, one)]
+    # No token is routed to expert 3 of either layer: there are passes in which no watched layer runs.
+    assert len(left[0]) == 4 and left[0] == left[1]
+
+
 def test_statistics_of_a_part_are_gone_before_the_next_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[capture.Statistics]] = []
     sizes: list[int] = []
@@ -92,13 +133,35 @@ def test_nothing_before_the_first_layer_of_a_pass_is_in_the_graph() -> None:
     assert any(seen[:half]) and not any(seen[-half + 1 :])
 
 
+def make_mixtral() -> nn.Module:
+    """A random mixture whose expert 3 never is among the two that a token is routed to."""
+    config = transformers.MixtralConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.MixtralForCausalLM(config)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data[3] = 0
+        layer.mlp.gate.weight.data[:3].abs_()
+        layer.mlp.gate.register_forward_pre_hook(lambda module, args: (args[0].abs(),))
+    return model
+
+
 class Shortage:
     """Raises where a part has more layers than there is memory for."""
 
     def __init__(self, most: int, error: Exception) -> None:
         self.most, self.error = most, error
         self.sizes: list[int] = []
-        self._estimate = finish.estimate
+        self._estimate = rounds.estimate
 
     def __call__(self, task: capture.CaptureTask, *args: Any, **settings: Any) -> Any:
         self.sizes.append(len(task.specs))
@@ -118,7 +181,7 @@ ERRORS = [
 def test_where_memory_runs_out_passes_are_halved_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     expected = run()
     shortage = Shortage(7, error)
-    monkeypatch.setattr(finish, "estimate", shortage)
+    monkeypatch.setattr(rounds, "estimate", shortage)
     found = run()
     assert shortage.sizes == [14, 7, 7]
     assert_same(found, expected)
@@ -127,19 +190,19 @@ def test_where_memory_runs_out_passes_are_halved_once(monkeypatch: pytest.Monkey
 
 
 def test_a_second_shortage_is_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "estimate", Shortage(3, MemoryError()))
+    monkeypatch.setattr(rounds, "estimate", Shortage(3, MemoryError()))
     with pytest.raises(LoraDAError, match=r"memory ran out again.*7 layers.*smaller batches.*layers_per_pass"):
         run()
 
 
 def test_a_pass_that_cannot_be_divided_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "estimate", Shortage(0, MemoryError()))
+    monkeypatch.setattr(rounds, "estimate", Shortage(0, MemoryError()))
     with pytest.raises(LoraDAError, match="memory ran out while the statistics of 3 layers"):
         run(1)
 
 
 def test_other_errors_are_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "estimate", Shortage(0, RuntimeError("a bug")))
+    monkeypatch.setattr(rounds, "estimate", Shortage(0, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run()
 
@@ -175,6 +238,46 @@ def test_what_is_freed_cannot_be_kept(tmp_path: Any) -> None:
         pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA, cache_dir=tmp_path)
 
 
+def test_a_float16_model_s_losses_are_scaled_alike_in_every_pass() -> None:
+    several, one = (run(most, model=make_tiny_llama(torch.float16)) for most in (5, "auto"))
+    assert_same(several, one)
+
+
+class Forked(nn.Module):
+    """Three convolutions that read one tensor, two of them alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(2, 6, 3, padding=1) for _ in range(2))
+        self.c = nn.Conv2d(2, 6, 1)
+        self.d = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        states = self.a(images) * self.b(images) + self.c(images)
+        return self.d(states.relu().mean((2, 3)))
+
+
+def forked_loss(model: nn.Module, batch: Any) -> Tensor:
+    return functional.cross_entropy(model(batch["images"]), batch["labels"], reduction="none")
+
+
+def test_layers_share_a_pass_where_they_share_statistics() -> None:
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Forked()
+    images, labels = torch.randn(8, 2, 5, 5, generator=draw), torch.randint(0, 4, (8,), generator=draw)
+    batches, lora = [{"images": images, "labels": labels}], LoraConfig(r=1, target_modules=["a", "b", "c", "d"])
+    one = lora_da_core.build_pipeline(objective=forked_loss, config=FIXED)
+    estimates = one.estimate(model, batches, lora)
+    leaders = {name: layer.group.leader for name, layer in estimates.statistics.layers.items() if layer.group}
+    groups = input_groups(estimates.task, batches)
+    assert groups == [["a", "b"], ["c"], ["d"]]
+    assert all(leaders[name] == group[0] for group in groups for name in group)
+    divided = lora_da_core.build_pipeline(objective=forked_loss, config=dataclasses.replace(FIXED, layers_per_pass=1))
+    assert_same(divided.run(model, batches, lora), one.run(model, batches, lora))
+
+
 def test_groups_stay_whole() -> None:
     groups = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
     assert divided_layers(groups, 1) == groups
@@ -193,13 +296,13 @@ def test_a_limit_divides_the_run_as_planned(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(OptionError, match="smallest that works"):
         pipeline.run(model, batches, LORA, max_memory=least - 1)
     sizes: list[int] = []
-    estimate = finish.estimate
+    estimate = rounds.estimate
 
     def counted(task: capture.CaptureTask, *args: Any) -> Any:
         sizes.append(len(task.specs))
         return estimate(task, *args)
 
-    monkeypatch.setattr(finish, "estimate", counted)
+    monkeypatch.setattr(rounds, "estimate", counted)
     narrow = pipeline.run(model, batches, LORA, max_memory=least)
     assert sizes == [3, 1, 2, 1, 3, 1, 2, 1]
     wide = pipeline.run(model, batches, LORA, max_memory="1GiB")

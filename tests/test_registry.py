@@ -20,7 +20,7 @@ from lora_da_core import build_pipeline, list_plugins
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
 from lora_da_core.registry import HOOK_OF_KIND, Registry
 
-ALL_KINDS = {"estimator", "gradient", "solver", "objective", "preset"}
+ALL_KINDS = {"allocator", "estimator", "gradient", "solver", "objective", "preset", "regularizer", "trainer"}
 
 HEADER = """
 from __future__ import annotations

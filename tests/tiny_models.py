@@ -207,3 +207,61 @@ def continued() -> dict[str, Tensor]:
     batch = texts()
     labels = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
     return {**batch, "labels": labels}
+
+
+def mamba() -> nn.Module:
+    """A two-layer Mamba."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        state_size=4,
+        num_hidden_layers=2,
+        conv_kernel=3,
+        time_step_rank=2,
+        pad_token_id=PAD,
+    )
+    return made(lambda: MambaForCausalLM(config))
+
+
+def resnet() -> nn.Module:
+    """A ResNet of two stages; no channel count is below 8."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )
+    return made(lambda: ResNetForImageClassification(config))
+
+
+IMAGE = 1
+"""Token that stands for a patch of an image in a text."""
+
+
+def llava() -> nn.Module:
+    """A Llava: a CLIP of two layers on 8×8 images in four patches, before a two-layer Llama."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=8, patch_size=4, num_channels=1, projection_dim=16, **sizes),
+        text_config=LlamaConfig(
+            vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=PAD, **sizes
+        ),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+    )
+    return made(lambda: LlavaForConditionalGeneration(config))
+
+
+def pictured() -> dict[str, Tensor]:
+    """`continued` texts, each with an image of four patches before it."""
+    batch = continued()
+    patches = torch.full((len(LENGTHS), 4), IMAGE)
+    return {
+        **images(),
+        "input_ids": torch.cat([patches, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(patches), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(patches, -100), batch["labels"]], 1),
+    }

@@ -23,7 +23,7 @@ from lora_da_core.ablation.workspace import Workspace
 from lora_da_core.components import Components
 from lora_da_core.estimation import Estimates
 from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import LoraFactors
+from lora_da_core.types import LoraFactors, Offset
 
 RESULT_FIELDS: Mapping[str, Any] = {
     "error": None,
@@ -150,6 +150,7 @@ class GroupRun:
                     rate,
                     each.offset,
                     {spec.name: spec.scaling for spec in targets[each.cell.rank].specs},
+                    each.cell.config.frozen,
                 )
                 for each in waiting
                 for rate in rates
@@ -222,9 +223,12 @@ class GroupRun:
         if space.run.finetune is None:
             return found
         if space.run.finetune.together > 1:
-            self._starts[cell.id] = (result.factors, {})
+            self._starts[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
             return found
-        wrapped = adapter.apply(space.model, lora, result.factors)
+        fitted = adapter.allocated_config(lora, result.report.allocation)
+        # The base is every cell's, so what is to be taken out of it is taken out beside it.
+        offset: Offset = "none" if cell.config.offset == "none" else "frozen_adapter"
+        wrapped = adapter.apply(space.model, fitted, result.factors, offset=offset, frozen=cell.config.frozen)
         try:
             return found | self._finetuned(cell, wrapped)
         finally:

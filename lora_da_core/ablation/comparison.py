@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lora_da_core.ablation.grid import COMPONENTS, CONFIG_AXES
+from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, CONFIG_AXES
 from lora_da_core.ablation.results import DONE, Record
-from lora_da_core.pipeline import DEFAULT_PRESET
+from lora_da_core.config import NO_ALLOCATOR
 from lora_da_core.report import number
 
 CONFIDENCE: Final = 0.95
@@ -293,8 +293,9 @@ class _Wording:
         if record["baseline"] is not None:
             return f"PEFT {record['baseline']}"
         preset = record.get("preset")
-        parts = [str(preset)] if self.presets and preset != DEFAULT_PRESET else []
-        parts += [self._component(record, kind) for kind in COMPONENTS if kind == "estimator" or self._touches(kind)]
+        parts = [str(preset)] if self.presets else []
+        named = [self._component(record, kind) for kind in COMPONENTS if kind == "estimator" or self._touches(kind)]
+        parts += [component for component in named if component != NO_ALLOCATOR]
         for setting in _settings():
             value = record.get(setting)
             if setting in self.varied and setting.removesuffix("_options") not in COMPONENTS and setting != "rank":
@@ -313,9 +314,14 @@ class _Wording:
         return bool({kind, f"{kind}_options"} & self.varied)
 
     def _component(self, record: Record, kind: str) -> str:
-        options = record[f"{kind}_options"] or {}
-        shown = [f"{key}={value}" for key, value in options.items() if f"{kind} {record[kind]} {key}" in self.varied]
-        return f"{record[kind]}({', '.join(shown)})" if shown else str(record[kind])
+        chosen, options = _part(record, kind), record.get(f"{kind}_options") or {}
+        shown = [f"{key}={value}" for key, value in options.items() if f"{kind} {chosen} {key}" in self.varied]
+        return f"{chosen}({', '.join(shown)})" if shown else chosen
+
+
+def _part(record: Record, kind: str) -> str:
+    """A component's name; records of before there were allocators have none."""
+    return str(record[kind] if kind in record else AUTOMATIC[kind])
 
 
 def _varied(records: Sequence[Record]) -> set[str]:
@@ -327,8 +333,8 @@ def _varied(records: Sequence[Record]) -> set[str]:
 
     for record in records:
         for name in _settings():
-            note(record, name, record.get(name))
+            note(record, name, _part(record, name) if name in COMPONENTS else record.get(name))
         for kind in COMPONENTS:
-            for key, value in (record[f"{kind}_options"] or {}).items():
-                note(record, f"{kind} {record[kind]} {key}", value)
+            for key, value in (record.get(f"{kind}_options") or {}).items():
+                note(record, f"{kind} {_part(record, kind)} {key}", value)
     return {name for (_, name), values in seen.items() if len(values) > 1}

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings, whole
 from lora_da_core.components import Components
-from lora_da_core.config import LoraDAConfig, Preset
+from lora_da_core.config import NO_ALLOCATOR, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
 from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
@@ -29,11 +29,22 @@ BASELINES: Final = ("default", "eva", "lora_ga", "pissa", "olora", "corda")
 NEEDED_MODULES: Final = {"corda": ("attr", "attrs")}
 """What PEFT imports for a baseline without requiring it: the module and the package that has it."""
 
-COMPONENTS: Final = ("estimator", "gradient", "solver")
+COMPONENTS: Final = ("estimator", "gradient", "solver", "allocator")
+AUTOMATIC: Final = {"solver": "auto", "allocator": NO_ALLOCATOR}
+"""What a kind takes in the place of a component; no plugin answers to it, and it has no options."""
 CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry.name not in ("seed", "samples"))
 AXES: Final = (*COMPONENTS, "preset", "baseline", "rank", "samples", *CONFIG_AXES)
 """Everything a grid may list."""
 
+_ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "allocator": (None, NO_ALLOCATOR),
+    "allocator_options": (None, {}),
+    "pairing": (None, "same"),
+    "offset": (None, "none"),
+    "frozen": (None, "none"),
+}
+"""Values of settings that came later and are no part of an identity: cells keep the names they had before."""
+_WITHOUT_GAMMA: Final = {"auto", "unit"}
 _OBJECTIVE: Final = "causal_lm"
 _ID_LENGTH: Final = 16
 
@@ -50,6 +61,7 @@ class Cell:
         estimator: Fisher estimator; None for a baseline.
         gradient: Gradient estimator; None for a baseline.
         solver: Solver, `("auto", {})` chooses per layer; None for a baseline.
+        allocator: Rank allocator, `("none", {})` keeps `rank` everywhere; None for a baseline.
         baseline: One of `BASELINES`, or None.
         preset: What filled the rest; it is not part of the identity.
         id: Hash of everything the result depends on.
@@ -62,6 +74,7 @@ class Cell:
     estimator: Choice | None = None
     gradient: Choice | None = None
     solver: Choice | None = None
+    allocator: Choice | None = None
     baseline: str | None = None
     preset: str = DEFAULT_PRESET
     id: str = field(default="", compare=False)
@@ -199,12 +212,13 @@ def pipeline_of(registry: Registry, cell: Cell) -> Pipeline:
     Returns:
         The pipeline.
     """
-    assert cell.estimator is not None and cell.gradient is not None and cell.solver is not None
+    assert cell.estimator and cell.gradient and cell.solver and cell.allocator
     parts = Components(
         estimator=registry.create("estimator", cell.estimator),
         gradient=registry.create("gradient", cell.gradient),
         objective=registry.create("objective", _OBJECTIVE),
-        solver=None if cell.solver[0] == "auto" else registry.create("solver", cell.solver),
+        solver=None if cell.solver[0] == AUTOMATIC["solver"] else registry.create("solver", cell.solver),
+        allocator=None if cell.allocator[0] == NO_ALLOCATOR else registry.create("allocator", cell.allocator),
     )
     return Pipeline(registry, parts, cell.config)
 
@@ -239,8 +253,8 @@ class _Expansion:
 
     def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
         axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
-        if "gamma" in axes and "fixed" not in axes.setdefault("scale", ["fixed"]):
-            raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed'.")
+        if "gamma" in axes and not set(axes.setdefault("scale", ["fixed"])) - _WITHOUT_GAMMA:
+            raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             for seed, rank in itertools.product(self.run.seeds, ranks):
@@ -251,12 +265,13 @@ class _Expansion:
         preset: Preset = self._try(lambda: self.registry.resolve("preset", name))
         given = {name: value for name, value in chosen.items() if name in CONFIG_AXES}
         config = self._try(lambda: replace(preset.config, **{**_scaling(given), "seed": seed, "samples": None}))
-        gamma = None if config.automatic_scale else config.fixed_gamma
-        config = replace(config, gamma=gamma, scale="auto" if gamma is None else "fixed")
+        gamma = None if config.rule in ("auto", "unit") else config.fixed_gamma
+        config = replace(config, gamma=gamma, scale=config.rule)
         samples = chosen.get("samples", self.run.samples)
         self._try(lambda: whole("samples", samples, 1))
         parts = {kind: self._choice(kind, chosen.get(kind, getattr(preset, kind))) for kind in COMPONENTS}
-        cell = Cell(rank, seed, samples, config, parts["estimator"], parts["gradient"], parts["solver"], preset=name)
+        estimator, gradient, solver, allocator = (parts[kind] for kind in COMPONENTS)
+        cell = Cell(rank, seed, samples, config, estimator, gradient, solver, allocator, preset=name)
         together = _canonical(parts)
         if together not in self._checked:
             self._try(lambda: pipeline_of(self.registry, cell).components.check())
@@ -277,10 +292,10 @@ class _Expansion:
             name, options = (value, {}) if isinstance(value, str) else (value[0], dict(value[1]))
         if not isinstance(name, str):
             raise OptionError(f'{kind} {value!r} has no name; write {{name = "…", option = …}}.')
-        if kind == "solver" and name == "auto":
+        if name == AUTOMATIC.get(kind):
             if options:
-                raise OptionError("solver 'auto' takes no options: it chooses per layer.")
-            return "auto", {}
+                raise OptionError(f"{kind} {name!r} takes no options.")
+            return name, {}
         return name, asdict(self.registry.create(kind, (name, options)).options)
 
     def _try(self, work: Any) -> Any:
@@ -291,12 +306,13 @@ class _Expansion:
 
 
 def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """γ applies to a fixed scale alone."""
-    return {name: value for name, value in given.items() if name != "gamma" or given["scale"] == "fixed"}
+    """γ applies to some scales alone."""
+    return {name: value for name, value in given.items() if name != "gamma" or given["scale"] not in _WITHOUT_GAMMA}
 
 
 def _identity(run: RunSettings, cell: Cell) -> str:
-    content = _canonical([run.identity(), cell.settings()])
+    settings = {name: value for name, value in cell.settings().items() if value not in _ABSENT.get(name, ())}
+    content = _canonical([run.identity(), settings])
     return hashlib.sha256(content.encode()).hexdigest()[:_ID_LENGTH]
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import PurePath
 from typing import Any, Final
 
-from lora_da_core.ablation.grid import COMPONENTS, make_grid
+from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, make_grid
 from lora_da_core.ablation.results import FAILED, Record
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
 from lora_da_core.report import number
@@ -171,7 +171,7 @@ def _axes(cell: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
         return {"baseline": cell["baseline"]}
     found: dict[str, Any] = {}
     for kind in COMPONENTS:
-        choice = (cell[kind], cell[f"{kind}_options"])
+        choice = (cell.get(kind, AUTOMATIC.get(kind)), cell.get(f"{kind}_options", {}))
         if choice != (usual[kind], usual[f"{kind}_options"]):
             found[kind] = {"name": choice[0], **choice[1]} if choice[1] else choice[0]
     parts = {"cell", "baseline", "rank", "seed", *COMPONENTS, *(f"{kind}_options" for kind in COMPONENTS)}

@@ -23,7 +23,7 @@ from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
 from lora_da_core.data import IGNORED, Sample, count_labels, padded
 from lora_da_core.errors import OptionError
-from lora_da_core.types import Batch, LayerSpec, LoraFactors
+from lora_da_core.types import Batch, Frozen, LayerSpec, LoraFactors
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Member:
         learning_rate: Peak rate.
         offset: Factors whose product the initialisation took out of the base weights; empty where it left them alone.
         scaling: PEFT's factor on B·A by layer, where it is another than the specification's.
+        frozen: Whether A stays as it is.
     """
 
     factors: Mapping[str, LoraFactors]
@@ -43,6 +44,7 @@ class Member:
     learning_rate: float
     offset: Mapping[str, LoraFactors] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
+    frozen: Frozen = "none"
 
 
 def finetune_together(
@@ -142,6 +144,11 @@ class _Stack:
         with torch.no_grad():
             for name, (a, b) in self.factors.items():
                 _place([member.factors[name] for member in members], a, b)
+        places = [place for place, member in enumerate(members) if member.frozen == "A"]
+        self.frozen = {
+            place: [(a[place].detach(), a[place].detach().clone()) for a, _ in self.factors.values()]
+            for place in places
+        }
         rows = [torch.nn.Parameter(row) for row in self.values]
         for row, gradient in zip(rows, self.gradients, strict=True):
             row.grad = gradient
@@ -198,11 +205,18 @@ class _Stack:
             part.sum().backward()  # type: ignore[no-untyped-call]
             losses += part.detach()
             at += size
+        for place in self.frozen:
+            for a, _ in self.factors.values():
+                assert a.grad is not None
+                a.grad[place].zero_()
         norms = torch.linalg.vector_norm(self.gradients, dim=1, keepdim=True)
         self.gradients.mul_((self.settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0))
         for group, member in zip(self.optimizer.param_groups, self.members, strict=True):
             group["lr"] = member.learning_rate * factor
         self.optimizer.step()
+        for held in self.frozen.values():
+            for value, start in held:  # weight decay does not ask for a gradient
+                value.copy_(start)
         return losses
 
     def held_out_losses(self) -> Tensor:

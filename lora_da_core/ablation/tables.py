@@ -175,7 +175,7 @@ def _difference_row(label: str, of: Mapping[str, Difference], measures: Sequence
 
 
 def _gap(found: Interval | None, write: Callable[[float], str]) -> Cell:
-    """A difference with its interval, marked where that excludes zero."""
+    """A difference with its interval, marked where that excludes zero in the digits that are shown."""
     if found is None:
         return Cell(_NONE)
 
@@ -185,7 +185,8 @@ def _gap(found: Interval | None, write: Callable[[float], str]) -> Cell:
     text = signed(found.mean)
     if found.count > 1:
         text += f" [{signed(found.low)}, {signed(found.high)}]"
-    if not found.excludes_zero:
+    rounds_to_zero = write(0.0) in (write(abs(found.low)), write(abs(found.high)))
+    if not found.excludes_zero or rounds_to_zero:
         return Cell(text)
     return Cell(text + _LOWER, "better") if found.high < 0 else Cell(text + _HIGHER, "worse")
 

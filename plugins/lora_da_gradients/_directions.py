@@ -39,6 +39,30 @@ def direction(
     return LowRankMap(left * (length / columns**0.5), right)
 
 
+def gaussian(
+    spec: LayerSpec, rank: int | None, generator: torch.Generator, *, device: torch.device, dtype: torch.dtype
+) -> LinearMap:
+    """A random Ξ (out, in) with E[vec(Ξ) vec(Ξ)ᵀ] = I and vanishing third moments.
+
+    Dense, its entries are independent standard normal. Of rank r it is QPᵀ/√r with such entries in Q and P.
+
+    Args:
+        spec: The layer.
+        rank: r; None for a dense one.
+        generator: Source of its numbers, on the CPU.
+        device: Device of the result.
+        dtype: Dtype of the result; the numbers are drawn in float32 whatever it is.
+
+    Returns:
+        The direction.
+    """
+    if rank is None:
+        return DenseMap(torch.randn(spec.out_features, spec.in_features, generator=generator).to(device, dtype))
+    left = torch.randn(spec.out_features, rank, generator=generator).to(device, dtype)
+    right = torch.randn(spec.in_features, rank, generator=generator).to(device, dtype)
+    return LowRankMap(left / rank**0.5, right)
+
+
 def scaled(change: LinearMap, factor: float) -> LinearMap:
     """`factor` times a direction."""
     if isinstance(change, LowRankMap):

@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
-from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import Accumulator, GradientEstimator, LossProbe
 from lora_da_core.operators import DenseMap, LinearMap
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._directions import add_to, direction, scaled
+from lora_da_gradients._losses import sum_of_losses
 from lora_da_gradients._seeds import named_generator
 
 Difference = Literal["central", "forward"]
@@ -208,12 +209,7 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
         return (ahead - behind) / (2 * mu)
 
 
-def _sum_of_losses(probe: LossProbe, changes: Mapping[str, LinearMap]) -> float:
-    total = float(probe.losses(changes).double().sum())
-    if not math.isfinite(total):
-        where = "with its weights changed; give a smaller mu" if changes else "before any change; look at the data"
-        raise ModelError(f"zeroth-order gradient: the loss is not finite {where}.")
-    return total
+_sum_of_losses = partial(sum_of_losses, estimator="zeroth-order", option="mu")
 
 
 @hookimpl

@@ -39,7 +39,45 @@ SPECTRAL = Preset(
 )
 
 
+LORA_GA = Preset(
+    name="lora_ga",
+    summary="LoRA-GA (arXiv 2407.05000): A the gradient's first, B its next singular vectors; wants an offset",
+    estimator="identity",
+    config=LoraDAConfig(beta=0.0, pairing="right_first", scale="stable"),
+)
+
+LOI = Preset(
+    name="loi",
+    summary="Riemannion's LOI (arXiv 2507.12142): B the first, A the next singular vectors; wants an offset",
+    estimator="identity",
+    config=LoraDAConfig(beta=0.0, pairing="left_first", scale="product", balance="even"),
+)
+
+EVA = Preset(
+    name="eva",
+    summary="EVA (arXiv 2410.07170): A from the inputs' second moment, B zero; no backward pass",
+    estimator=("kfac", {"output": "identity"}),
+    gradient="none",
+    config=LoraDAConfig(alpha=0.0, beta=1.0, damping=1.0, scale="fixed", gamma=1.0),
+)
+
+PISSA = Preset(
+    name="pissa",
+    summary="PiSSA (arXiv 2404.02948): the principal part of the weights, divided evenly; wants an offset",
+    estimator="identity",
+    gradient="weights",
+    config=LoraDAConfig(beta=0.0, damping=1.0, normalize=False, scale="unit", balance="even"),
+)
+
+LORA_FA = Preset(
+    name="lora_fa",
+    summary="LoRA-FA (arXiv 2308.03303) with LoRA-DA's A: as robust, A stays frozen in training",
+    estimator=("kfac", {"output": "diagonal"}),
+    config=LoraDAConfig(frozen="A"),
+)
+
+
 @hookimpl
 def lora_da_presets() -> list[Preset]:
-    """Offers `paper`, `robust`, `lora_one` and `spectral`."""
-    return [PAPER, ROBUST, LORA_ONE, SPECTRAL]
+    """Offers `paper`, `robust` and the special cases by the names of their methods."""
+    return [PAPER, ROBUST, LORA_ONE, SPECTRAL, LORA_GA, LOI, EVA, PISSA, LORA_FA]

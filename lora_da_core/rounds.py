@@ -1,0 +1,314 @@
+"""Rounds of estimation: statistics taken and solved, part by part, until every layer has its solution."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_da_core.allocation import Allocation
+from lora_da_core.blame import is_out_of_memory
+from lora_da_core.capture import CaptureTask, Progress
+from lora_da_core.components import Components
+from lora_da_core.config import LoraDAConfig
+from lora_da_core.errors import DataError, LoraDAError
+from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients, with_enough_tokens
+from lora_da_core.omega import paired
+from lora_da_core.passes import Names, halved, input_groups
+from lora_da_core.registry import Registry
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
+from lora_da_core.types import Batch, LayerSpec
+
+logger = logging.getLogger(__name__)
+
+Outcome = TypeVar("Outcome")
+
+
+@dataclass
+class Record:
+    """What a run has to say beside its results: notes, and wall time by phase."""
+
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Notes and logs what is new."""
+        if text not in self.notes:
+            self.notes.append(text)
+            logger.warning("%s", text)
+
+    def count(self, seconds: Mapping[str, float]) -> None:
+        """Adds times to those of the same phases."""
+        for phase, more in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + more
+
+    def timed(self, phase: str, work: Callable[[], Outcome]) -> Outcome:
+        """Does some work and counts its time."""
+        start = time.perf_counter()
+        outcome = work()
+        self.count({phase: time.perf_counter() - start})
+        return outcome
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of estimation came to; the statistics themselves may be gone.
+
+    Attributes:
+        specs: The layers that have a solution, at their ranks.
+        solutions: By layer.
+        tokens: That count for the Fisher, by layer.
+        gradient: What the gradient estimator says of its own error, by layer.
+        samples: How many were read.
+        label_tokens: Their labels.
+        loss_sum: The sum of their losses.
+        allocation: What the report says of a rank allocator; empty without one.
+    """
+
+    specs: tuple[LayerSpec, ...]
+    solutions: Mapping[str, LayerSolution]
+    tokens: Mapping[str, int]
+    gradient: Mapping[str, Mapping[str, float]]
+    samples: int
+    label_tokens: int
+    loss_sum: float
+    allocation: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_layers_of(self, other: Round) -> Round:
+        """The layers of both; they come from the same samples."""
+        return replace(
+            self,
+            specs=(*self.specs, *other.specs),
+            solutions={**self.solutions, **other.solutions},
+            tokens={**self.tokens, **other.tokens},
+            gradient={**self.gradient, **other.gradient},
+        )
+
+
+def population(config: LoraDAConfig, samples: int) -> int:
+    """N of a run whose first round read so many samples."""
+    return samples * config.rounds if config.population is None else config.population
+
+
+class Rounds:
+    """Makes the rounds of one run.
+
+    Args:
+        registry: The installed plugins.
+        components: The pipeline's.
+        config: The pipeline's.
+        specs: All layers at their configured ranks.
+        record: Told of notes and times.
+        on_progress: Told of each phase's progress.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        components: Components,
+        config: LoraDAConfig,
+        specs: Sequence[LayerSpec],
+        record: Record,
+        on_progress: Progress | None,
+    ) -> None:
+        self._registry, self._components, self._config = registry, components, config
+        self._specs, self._record, self._on_progress = tuple(specs), record, on_progress
+        allocator = components.allocator
+        self._allocation = None if allocator is None else Allocation(registry, allocator, specs)
+        self._parts: list[Names] = [[spec.name for spec in specs]]
+        self._replanned = False
+
+    def first(self, job: Job, parts: Sequence[Names]) -> Round:
+        """The first round; later ones take its layers and ranks over.
+
+        Args:
+            job: What is estimated.
+            parts: The layers whose statistics are taken, solved and freed before those of the next are taken.
+
+        Returns:
+            The round, at the ranks that the allocator gives.
+
+        Raises:
+            LoraDAError: Memory ran out, and again with half as many layers at a time.
+        """
+        self._parts = list(parts)
+        return self._at_ranks(self._round(job.task, job.batches, 0))
+
+    def first_of(self, estimates: Estimates) -> Round:
+        """The first round from statistics that are there.
+
+        Args:
+            estimates: Of all layers; they stay as they are.
+
+        Returns:
+            The round, at the ranks that the allocator gives.
+        """
+        self._record.count(estimates.seconds)
+        return self._at_ranks(self._solved(estimates, 0))
+
+    def later(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
+        """A later round.
+
+        Args:
+            task: The first round's layers at their ranks, with the changes of the steps so far.
+            batches: Of this round.
+            number: Its number, the first round's being 0.
+
+        Returns:
+            The round.
+
+        Raises:
+            LoraDAError: As `first`.
+        """
+        return self._round(task, batches, number)
+
+    def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
+        """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
+        seed, gradients = self._config.seed + number, None
+        if task.gradient.forward_only:
+            gradients = self._record.timed("gradient", lambda: forward_gradients(task, batches, seed))
+        found: list[Round] = []
+        done: list[Names] = []
+        left: Sequence[Names] = self._parts
+        while left:
+            try:
+                found.append(self._part(task, batches, number, left[0], gradients))
+                done, left = [*done, left[0]], left[1:]
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+            # Only here, where the error no longer holds what the attempt had in memory.
+            left = self._halved(task, batches, left, reason)
+        whole = functools.reduce(Round.with_layers_of, found)
+        solved = ([name for name in part if name in whole.solutions] for part in done)
+        self._parts = [part for part in solved if part]
+        return replace(whole, specs=tuple(spec for spec in task.specs if spec.name in whole.solutions))
+
+    def _part(
+        self,
+        task: CaptureTask,
+        batches: Sequence[Batch],
+        number: int,
+        names: Names,
+        gradients: Mapping[str, Mapping[str, Tensor]] | None,
+    ) -> Round:
+        wanted = set(names)
+        part = replace(
+            task,
+            specs=[spec for spec in task.specs if spec.name in wanted],
+            beside=[spec for spec in task.specs if spec.name not in wanted],
+        )
+        estimates = estimate(part, batches, self._config.seed + number, self._on_progress, gradients)
+        self._record.count(estimates.seconds)
+        # What estimates note is logged already.
+        self._record.notes += [note for note in estimates.notes if note not in self._record.notes]
+        return self._solved(estimates, number)
+
+    def _halved(
+        self, task: CaptureTask, batches: Sequence[Batch], left: Sequence[Names], reason: str
+    ) -> Sequence[Names]:
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()
+        largest = max(map(len, left))
+        parts = [] if self._replanned else halved(left, input_groups(task, batches))
+        if len(parts) <= len(left):
+            again = " again, with half as many layers at a time" if self._replanned else ""
+            raise LoraDAError(
+                f"memory ran out{again} while the statistics of {len(left[0])} layers were taken and solved. Give "
+                "smaller batches, shorter samples, a smaller layers_per_pass, or an estimator with smaller "
+                f"statistics. {reason}"
+            )
+        self._replanned = True
+        self._record.note(
+            f"memory ran out with {largest} layers in a pass; started again with at most {max(map(len, parts))} "
+            f"({reason.splitlines()[0]})"
+        )
+        return parts
+
+    def _solved(self, estimates: Estimates, number: int) -> Round:
+        """Solutions of the layers that saw enough tokens; in the first round at the ranks to choose from."""
+        sums = estimates.statistics
+        specs, left = with_enough_tokens(estimates.task.specs, sums)
+        if left and number:
+            raise DataError(f"in round {number + 1}: {left[0]}. Give more samples, or fewer rounds.")
+        wide = (
+            specs if number else self._to_choose_from(specs, {spec.name: sums.tokens_of(spec.name) for spec in specs})
+        )
+        with full_float32():
+            solutions = self._record.timed("solve", lambda: self._solutions(estimates, wide))
+        for note in left:
+            self._record.note(note)
+        return Round(
+            specs=tuple(specs),
+            solutions=solutions,
+            tokens={spec.name: sums.layers[spec.name].tokens for spec in specs},
+            gradient={spec.name: estimates.diagnostics(spec) for spec in specs},
+            samples=sums.samples,
+            label_tokens=sums.label_tokens,
+            loss_sum=sums.loss_sum,
+        )
+
+    def _to_choose_from(self, specs: Sequence[LayerSpec], tokens: Mapping[str, int]) -> Sequence[LayerSpec]:
+        if self._config.pairing != "same":
+            return [replace(spec, rank=2 * spec.rank) for spec in specs]
+        return specs if self._allocation is None else self._allocation.largest(tokens)
+
+    def _at_ranks(self, solved: Round) -> Round:
+        """The first round with what its layers' solutions are cut to, now that all of them are there."""
+        if not solved.specs:
+            raise DataError(f"none of {len(self._specs)} experts saw as many tokens as its rank; give more samples.")
+        if self._config.pairing != "same":
+            found = {
+                name: replace(each, subspace=paired(each.subspace, self._config.pairing))
+                for name, each in solved.solutions.items()
+            }
+            return replace(solved, solutions=found)
+        if self._allocation is None:
+            return solved
+        allocation = self._allocation
+        cut = self._record.timed("solve", lambda: allocation.of(solved.solutions))
+        return replace(solved, specs=cut.specs, solutions=cut.solutions, allocation=cut.record)
+
+    def _solutions(self, estimates: Estimates, wanted: Sequence[LayerSpec]) -> dict[str, LayerSolution]:
+        parts, statistics = self._components, estimates.statistics
+        curvature = parts.allocator is not None and parts.allocator.needs_curvature
+        solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
+        specs = {spec.name: spec for spec in wanted}
+        solutions: dict[str, LayerSolution] = {}
+        waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
+
+        def flush(alike: list[PreparedLayer]) -> None:
+            found = solver.solve(alike, population(self._config, statistics.samples))
+            solutions.update({layer.spec.name: solution for layer, solution in zip(alike, found, strict=True)})
+            alike.clear()
+            if self._on_progress is not None:
+                self._on_progress("solve", len(solutions), len(specs))
+
+        # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
+        by_group: dict[str, list[str]] = {}
+        for name in specs:
+            group = statistics.layers[name].group
+            by_group.setdefault(group.leader if group else name, []).append(name)
+        for names in by_group.values():
+            for name in names:
+                fisher = replace(statistics.of_layer(name), spec=specs[name])
+                prepared = solver.prepare(fisher, estimates.gradient(specs[name]))
+                spec, device = prepared.spec, prepared.step.device
+                alike = waiting.setdefault((spec.in_features, spec.rank, device), [])
+                alike.append(prepared)
+                del prepared  # or the layer would live on while the next one is prepared
+                if len(alike) >= batch_size(spec, device):
+                    flush(alike)
+            fisher.shared.clear()
+        for alike in waiting.values():
+            if alike:
+                flush(alike)
+        return solutions

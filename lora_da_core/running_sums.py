@@ -1,0 +1,58 @@
+"""The running sums of a run: of each layer, and of each input that layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_da_core.errors import TargetError
+from lora_da_core.interfaces import Accumulator
+from lora_da_core.types import FisherStatistics, LayerSpec
+
+
+@dataclass
+class InputGroup:
+    """The layers that read one input tensor, and the statistics they share."""
+
+    leader: str
+    accumulator: Accumulator
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LayerStatistics:
+    """The accumulators of one layer; `group` is known once the layer has run."""
+
+    spec: LayerSpec
+    fisher: Accumulator
+    gradient: Accumulator | None
+    group: InputGroup | None = None
+    tokens: int = 0
+
+
+@dataclass
+class Statistics:
+    """All sums of a run."""
+
+    layers: dict[str, LayerStatistics]
+    samples: int = 0
+    label_tokens: int = 0
+    loss_sum: float = 0.0
+
+    def tokens_of(self, name: str) -> int:
+        """How many tokens of a layer count for the Fisher; 0 where it never ran."""
+        return self.layers[name].tokens if name in self.layers else 0
+
+    def of_layer(self, name: str) -> FisherStatistics:
+        """The Fisher statistics of one layer, its input's included."""
+        layer = self.layers[name]
+        if layer.group is None:
+            raise TargetError(f"layer {name} never ran")
+        return FisherStatistics(
+            spec=layer.spec,
+            input=layer.group.accumulator.statistics(),
+            layer=layer.fisher.statistics(),
+            samples=self.samples,
+            tokens=layer.tokens,
+            shared=layer.group.shared,
+        )

@@ -1,0 +1,1 @@
+"""Rank allocators: uniform, greedy, parameter_budget, sublora."""
