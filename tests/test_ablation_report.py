@@ -193,7 +193,9 @@ class TestTables:
 
     def test_a_difference_that_is_shown_as_zero_is_not_marked(self):
         records = [
-            record_of(name, seed, final(1.0 + shift), baseline=name if name == "default" else None, estimator_options={})
+            record_of(
+                name, seed, final(1.0 + shift), baseline=name if name == "default" else None, estimator_options={}
+            )
             for name, shift in (("kfac", 1e-7), ("default", 0.0))
             for seed in range(3)
         ]
