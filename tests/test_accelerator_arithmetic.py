@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig
+from lora_da_core import LoraDAConfig, finish
 from lora_da_core.batches import joined
+from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
 from lora_da_core.omega import Omega, omega
-from lora_da_core.operators import DenseMap
-from lora_da_core.solving import full_float32
+from lora_da_core.operators import Dense, DenseMap, Stacked
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, full_float32
 from lora_da_core.types import FisherStatistics, LayerSpec
 from lora_da_estimators import _factors
 from lora_da_estimators.kfac import Kfac, KfacOptions
@@ -170,6 +172,56 @@ def test_a_run_gives_the_same_subspaces_either_way(accelerator: None, monkeypatc
         bases = [torch.linalg.qr(run.factors[report.name].A.double().mT).Q for run in (narrow, wide)]
         assert sine(*bases) < 1e-3, report.name
     assert clear >= 4
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_layers_that_narrow_and_layers_that_do_not_are_solved_in_batches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together: list[list[tuple[str, torch.dtype]]] = []
+    solve = LayerSolver.solve
+
+    def watched(self: LayerSolver, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
+        together.append([(layer.spec.name, layer.step.dtype) for layer in layers])
+        return solve(self, layers, population)
+
+    made = 0
+
+    def every_other(matrix: Tensor, inverse: Tensor) -> torch.dtype:
+        nonlocal made
+        made += 1
+        return torch.float64 if made % 2 else torch.float32
+
+    batches = make_batches(make_samples(12))
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    pipeline = lora_da_core.build_pipeline(solver="lanczos", config=LoraDAConfig(scale="fixed", damping=1.0))
+    apart = pipeline.run(make_tiny_llama(), batches, lora)
+    monkeypatch.setattr(LayerSolver, "solve", watched)
+    monkeypatch.setattr(_factors, "narrowest_dtype", every_other)
+    monkeypatch.setattr(finish, "batch_size", lambda spec, device: 8)
+    mixed = pipeline.run(make_tiny_llama(), batches, lora)
+    assert all(len({dtype for _, dtype in batch}) == 1 for batch in together)
+    assert {dtype for batch in together for _, dtype in batch} == {torch.float32, torch.float64}
+    assert max(len(batch) for batch in together) > 1
+    assert sorted(name for batch in together for name, _ in batch) == sorted(mixed.factors)
+    for ours, theirs in zip(mixed.report.layers, apart.report.layers, strict=True):
+        assert ours.converged
+        scale = max(abs(value) for value in theirs.ritz_values)
+        assert ours.ritz_values == pytest.approx(theirs.ritz_values, rel=1e-4, abs=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (torch.eye(5), "torch.float32 on cpu, order 5 in torch.float64 on cpu"),
+        (torch.eye(5, dtype=torch.float64, device="meta"), "on cpu, order 5 in torch.float64 on meta"),
+        (torch.eye(6, dtype=torch.float64), "order 5 in torch.float64 on cpu, order 6"),
+    ],
+    ids=["dtype", "device", "order"],
+)
+def test_operators_that_differ_are_not_stacked(other: Tensor, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Stacked([Dense(torch.eye(5, dtype=torch.float64)), Dense(other)])
 
 
 def test_joined_texts_have_the_losses_they_had_apart() -> None:
