@@ -261,7 +261,7 @@ class _Layers:
         targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
         self.specs = targets.specs
         self.notes += targets.notes
-        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config)
+        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config, self.device)
         layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
         self.phases = self._phases({name: layer.workspace.update for name, layer in layers.items()})
         grouped: dict[str, list[LayerBytes]] = {}
