@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,47 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_7b, primitives, solvers
+from benchmarks import candidates, gpu_7b, primitives, solvers
+
+GRID = """
+[run]
+model = "model"
+data = "data.jsonl"
+samples = 8
+seeds = [0, 1]
+reference = "none"
+use_rslora = true
+
+[run.finetune]
+steps = 2
+learning_rates = [1e-3]
+eval_steps = [0, 2]
+batch_size = 4
+held_out = 6
+validation = 6
+together = 8
+
+[[grid]]
+baseline = ["default"]
+"""
+
+
+class _InThisProcess:
+    """A pool that runs what it is given at once."""
+
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        pass
+
+    def __enter__(self) -> _InThisProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, work: Any, *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments))
+        return done
 
 
 @pytest.fixture
@@ -81,3 +122,36 @@ def test_the_gram_matrix_of_a_triangular_inverse_is_the_inverse() -> None:
     matrix = tokens.mT @ tokens
     found = primitives.gram_of_inverse(torch.linalg.cholesky(matrix))
     torch.testing.assert_close(found, torch.linalg.inv(matrix))
+
+
+def test_every_candidate_trains_and_is_paired_with_the_default(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text(GRID)
+    output = tmp_path / "candidates.jsonl"
+    arguments = [
+        str(grid),
+        "--output",
+        str(output),
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "data.jsonl"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["candidates", *arguments, "--device", "cpu"])
+    monkeypatch.setattr(candidates, "ProcessPoolExecutor", _InThisProcess)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    candidates.main()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted((line["candidate"], line["seed"]) for line in lines) == sorted(
+        (name, seed) for name in candidates.CANDIDATES for seed in (0, 1)
+    )
+    ends = {(line["candidate"], line["seed"]): line["losses"] for line in lines}
+    assert all(math.isfinite(loss) for losses in ends.values() for loss in losses)
+    starts = {name: ends[name, 0][0] for name in candidates.CANDIDATES}
+    assert starts["default"] == pytest.approx(starts["default, AdamW warmed"], rel=1e-6)
+    assert starts["robust"] == pytest.approx(starts["A·x twice"], rel=1e-4)
+    differences = [ends["robust", seed][-1] - ends["default", seed][-1] for seed in (0, 1)]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("robust "))
+    assert f"{sum(differences) / 2:+.4f} ± " in row
