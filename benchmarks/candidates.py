@@ -58,6 +58,7 @@ class Bench:
         self.space, self.seed = space, seed
         self.targets = adapter.resolve_targets(space.model, space.lora(RANK))
         self.specs = {spec.name: spec for spec in self.targets.specs}
+        self.most_ranks = min(MOST_RANKS, *(min(s.in_features, s.out_features) for s in self.targets.specs))
         self.steps = cache(self._steps)
 
     @cache  # noqa: B019 - a bench lives as long as its process
@@ -172,7 +173,7 @@ def multipliers_by_kind(bench: Bench) -> Factors:
 
 def allocated(bench: Bench) -> dict[str, int]:
     """Ranks by layer: the largest first-order gains per parameter, for as many parameters as rank 8 everywhere."""
-    steps = bench.steps(rank=MOST_RANKS)
+    steps = bench.steps(rank=bench.most_ranks)
     cost = {name: spec.in_features + spec.out_features for name, spec in bench.specs.items()}
     queue = []
     for name, step in steps.items():
@@ -191,7 +192,7 @@ def allocated(bench: Bench) -> dict[str, int]:
 
 def allocated_ranks(bench: Bench) -> Factors:
     """`robust` with ranks by layer."""
-    steps, ranks = bench.steps(rank=MOST_RANKS), allocated(bench)
+    steps, ranks = bench.steps(rank=bench.most_ranks), allocated(bench)
     cut = {}
     for name, step in steps.items():
         gains = -((bench.gradient(name) @ step.right) * step.left).sum(0)

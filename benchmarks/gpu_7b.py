@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -224,4 +225,6 @@ def _sampled(name: str, layers: int) -> bool:
 
 
 if __name__ == "__main__":
+    # A warning for each layer and try: the rows count them.
+    logging.getLogger("lora_da_core").setLevel(logging.ERROR)
     main()

@@ -208,9 +208,9 @@ class GradientEstimator(Component[OptionsT]):
         """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
         return True
 
-    @abstractmethod
     def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         """The accumulator of one layer; it sees every token, whatever the token mask."""
+        raise TypeError(f"gradient estimator {self.name!r} takes no tokens of {spec.name}; call estimate()")
 
     @abstractmethod
     def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:

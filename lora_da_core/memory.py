@@ -269,7 +269,7 @@ class _Layers:
             tokens = {spec.name: self.workload.total for spec in targets.specs}
             self.specs = Allocation(self.pipeline.registry, parts.allocator, targets.specs).largest(tokens)
         self.notes += targets.notes
-        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config)
+        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config, self.device)
         layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
         self.phases = self._phases({name: layer.workspace.update for name, layer in layers.items()})
         grouped: dict[str, list[LayerBytes]] = {}

@@ -22,7 +22,7 @@ from lora_da_core.allocations import Allocations
 from lora_da_core.blame import blamed
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Solver
-from lora_da_core.omega import DENSE_STEP_ELEMENTS
+from lora_da_core.omega import forms_step
 from lora_da_core.operators import DenseMap, LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.solving import LayerSolver, PreparedLayer
@@ -87,10 +87,13 @@ class WorkspaceProbe:
         estimator: FisherEstimator[Any],
         gradient: GradientEstimator[Any],
         config: LoraDAConfig,
+        device: torch.device,
     ) -> None:
         self.registry = registry
         self.estimator = estimator
         self.gradient = gradient
+        self.device = device
+        """Where the run is to be: it decides what is formed; what is measured here is measured on the CPU."""
         self.config = replace(config, unconverged="warn")
         self._known: dict[Any, Workspace] = {}
 
@@ -172,7 +175,7 @@ class _Trial:
 
     def __init__(self, probe: WorkspaceProbe, full: LayerSpec, scale: float, data: _Data, dtype: torch.dtype) -> None:
         self.probe, self.spec, self.samples = probe, _shrunk(full, scale), data.samples
-        self.forms_step = full.in_features * full.out_features <= DENSE_STEP_ELEMENTS
+        self.forms_step = forms_step(full.in_features, full.out_features, probe.device)
         spec = self.spec
         generator = torch.Generator().manual_seed(0)
         sides = (spec.in_features, spec.out_features)

@@ -15,6 +15,9 @@ from lora_da_core.types import LoraFactors, Pairing, Spectrum
 DENSE_STEP_ELEMENTS = 2**22
 """Up to this many elements Δ_raw is formed: fewer products per application than through the Fisher's factors."""
 
+ACCELERATOR_STEP_ELEMENTS = 2**26
+"""The same on an accelerator, where a skinny product takes long for what it computes and a square one does not."""
+
 DEFAULT_A_SCALE = 3.0**-0.5
 """RMS ratio between a default LoRA's A (uniform, ±1/√in) and an orthonormal one: both have r rows."""
 
@@ -37,10 +40,14 @@ class Omega(Sum):
         return None if self.variance is None else self.variance.preconditioner(shift)
 
 
+def forms_step(rows: int, columns: int, device: torch.device) -> bool:
+    """Whether a Δ_raw (rows, columns) on that device is small enough to be stored for its products."""
+    return rows * columns <= (DENSE_STEP_ELEMENTS if device.type == "cpu" else ACCELERATOR_STEP_ELEMENTS)
+
+
 def formed(step: LinearMap) -> LinearMap:
     """Δ_raw as a stored matrix where it is small, as it came otherwise."""
-    rows, columns = step.shape
-    return DenseMap(step.to_dense()) if rows * columns <= DENSE_STEP_ELEMENTS else step
+    return DenseMap(step.to_dense()) if forms_step(*step.shape, step.device) else step
 
 
 def omega(step: LinearMap, variance: SymmetricOperator, *, alpha: float, beta_over_n: float) -> Omega:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lora_da_core.errors import OptionError
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype sums are kept in: the larger of float32 and `dtype`.
@@ -266,7 +268,18 @@ class Stacked(SymmetricOperator):
     """Operators of one size, dtype and device as one with a leading batch dimension."""
 
     def __init__(self, operators: Sequence[SymmetricOperator]) -> None:
+        """Take in at least one unbatched operator.
+
+        Raises:
+            OptionError: They differ in size, dtype or device.
+        """
         self.operators = tuple(operators)
+        kinds = sorted({f"order {each.size} in {each.dtype} on {each.device}" for each in self.operators})
+        if len(kinds) != 1:
+            raise OptionError(
+                f"a batch needs operators of one order, dtype and device, not {', '.join(kinds) or 'none'}; "
+                "solve those that differ apart."
+            )
 
     @property
     def size(self) -> int:

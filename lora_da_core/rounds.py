@@ -283,7 +283,7 @@ class Rounds:
         solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
         specs = {spec.name: spec for spec in wanted}
         solutions: dict[str, LayerSolution] = {}
-        waiting: dict[tuple[int, int, torch.device], list[PreparedLayer]] = {}
+        waiting: dict[tuple[int, int, torch.dtype, torch.device], list[PreparedLayer]] = {}
 
         def flush(alike: list[PreparedLayer]) -> None:
             found = solver.solve(alike, population(self._config, statistics.samples))
@@ -302,7 +302,8 @@ class Rounds:
                 fisher = replace(statistics.of_layer(name), spec=specs[name])
                 prepared = solver.prepare(fisher, estimates.gradient(specs[name]))
                 spec, device = prepared.spec, prepared.step.device
-                alike = waiting.setdefault((spec.in_features, spec.rank, device), [])
+                # An estimator chooses the dtype layer by layer.
+                alike = waiting.setdefault((spec.in_features, spec.rank, prepared.step.dtype, device), [])
                 alike.append(prepared)
                 del prepared  # or the layer would live on while the next one is prepared
                 if len(alike) >= batch_size(spec, device):

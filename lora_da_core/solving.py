@@ -147,7 +147,7 @@ class LayerSolver:
         return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start, kept)
 
     def solve(self, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
-        """Solves layers of one input size, rank and device together.
+        """Solves layers of one input size, rank, dtype and device together.
 
         Args:
             layers: At least one.

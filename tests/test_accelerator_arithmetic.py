@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,21 +12,24 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig
+from lora_da_core import LoraDAConfig, rounds
 from lora_da_core.batches import joined
+from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
-from lora_da_core.omega import Omega, omega
-from lora_da_core.operators import DenseMap
-from lora_da_core.solving import full_float32
+from lora_da_core.omega import Omega, formed, forms_step, omega
+from lora_da_core.operators import Dense, DenseMap, NegatedGram, Stacked
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, full_float32
 from lora_da_core.types import FisherStatistics, LayerSpec
 from lora_da_estimators import _factors
 from lora_da_estimators.kfac import Kfac, KfacOptions
 from lora_da_objectives.causal_lm import CausalLM
-from lora_da_solvers import _subspace
+from lora_da_solvers import _subspace, lanczos
 from lora_da_solvers.davidson import Davidson
 from lora_da_solvers.lanczos import Lanczos
 from lora_da_solvers.randomized_svd import RandomizedSVD
 from spectra import SPECTRA
+
+STRIDE = lanczos._steps_between_looks(torch.device("cuda"))
 
 SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 
@@ -34,6 +38,7 @@ SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
     monkeypatch.setattr(_factors, "_narrows", lambda device: True)
+    monkeypatch.setattr(lanczos, "_steps_between_looks", lambda device: STRIDE)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -72,7 +77,10 @@ def test_cholesky_qr_refuses_a_batch_with_a_deficient_block(spoil: str) -> None:
 
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("spectrum", ["power_law", "clustered", "rank_deficient", "batch_of_scales", "zero"])
+@pytest.mark.parametrize(
+    "spectrum",
+    ["power_law", "clustered", "rank_deficient", "batch_of_scales", "zero", "multiple", "hidden_copies", "no_gap"],
+)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda cls: cls.name)
 def test_solvers_find_the_objective_with_cholesky_qr(
     solver: type[Solver[Any]], spectrum: str, dtype: torch.dtype
@@ -88,6 +96,38 @@ def test_solvers_find_the_objective_with_cholesky_qr(
     projected = (vectors.mT @ operator.to_dense().double() @ vectors).diagonal(dim1=-2, dim2=-1).sum(-1)
     excess = projected - values[..., : chosen.rank].sum(-1)
     assert bool((excess <= 2 * chosen.rank * tolerance * norm).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_fewer_looks_at_the_ritz_values_cost_few_products_and_save_small_eigenproblems(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = -((1 + torch.arange(600, dtype=torch.float64)) ** -1.0)
+    basis = torch.linalg.qr(torch.randn(600, 600, generator=generator(), dtype=torch.float64)).Q
+    operator = Dense(((basis * values) @ basis.mT).to(dtype))
+    made: list[int] = []
+    pairs = _subspace.RitzPairs
+
+    def counted(values: Tensor, coefficients: Tensor) -> _subspace.RitzPairs:
+        made[-1] += 1
+        return pairs(values, coefficients)
+
+    monkeypatch.setattr(_subspace, "RitzPairs", counted)
+    results = []
+    for stride in (1, STRIDE):
+        monkeypatch.setattr(lanczos, "_steps_between_looks", lambda device, stride=stride: stride)
+        made.append(0)
+        results.append(Lanczos(Lanczos.Options()).smallest(operator, 8, generator=generator()))
+    assert all(bool(result.converged) for result in results)
+    assert made[1] < 0.7 * made[0]
+    assert results[1].applies <= results[0].applies + 2 * STRIDE
+    assert sine(results[1].vectors, results[0].vectors) < (2e-3 if dtype == torch.float32 else 1e-5)
+
+
+def test_an_accelerator_forms_larger_steps_than_a_cpu() -> None:
+    wide = (11008, 4096)
+    assert forms_step(*wide, torch.device("cuda")) and not forms_step(*wide, torch.device("cpu"))
+    assert not forms_step(8192, 28672, torch.device("cuda"))
 
 
 def kfac_omega(condition: float, output: str = "diagonal", size: int = 400) -> Omega:
@@ -119,6 +159,17 @@ def test_products_of_well_conditioned_factors_are_float32_and_give_the_float64_s
     gap = float((values[8] - values[7]) / values.abs().max())
     assert bool(found.converged) and gap > 1e-4
     assert sine(found.vectors, vectors[:, :8]) < 2e-5 / gap
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("condition", [1.0, 2.5])
+def test_a_step_formed_in_float32_has_the_products_of_the_factors(condition: float) -> None:
+    bias, _ = kfac_omega(condition).terms
+    assert isinstance(bias, NegatedGram) and bias.dtype == torch.float32
+    block = torch.randn(400, 8, generator=generator())
+    kept, made = (NegatedGram(step, bias.weight).matmat(block) for step in (bias.linear_map, formed(bias.linear_map)))
+    assert isinstance(formed(bias.linear_map), DenseMap)
+    torch.testing.assert_close(made, kept, rtol=1e-3, atol=1e-5 * float(kept.abs().max()))
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -170,6 +221,56 @@ def test_a_run_gives_the_same_subspaces_either_way(accelerator: None, monkeypatc
         bases = [torch.linalg.qr(run.factors[report.name].A.double().mT).Q for run in (narrow, wide)]
         assert sine(*bases) < 1e-3, report.name
     assert clear >= 4
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_layers_that_narrow_and_layers_that_do_not_are_solved_in_batches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together: list[list[tuple[str, torch.dtype]]] = []
+    solve = LayerSolver.solve
+
+    def watched(self: LayerSolver, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
+        together.append([(layer.spec.name, layer.step.dtype) for layer in layers])
+        return solve(self, layers, population)
+
+    made = 0
+
+    def every_other(matrix: Tensor, inverse: Tensor) -> torch.dtype:
+        nonlocal made
+        made += 1
+        return torch.float64 if made % 2 else torch.float32
+
+    batches = make_batches(make_samples(12))
+    lora = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    pipeline = lora_da_core.build_pipeline(solver="lanczos", config=LoraDAConfig(scale="fixed", damping=1.0))
+    apart = pipeline.run(make_tiny_llama(), batches, lora)
+    monkeypatch.setattr(LayerSolver, "solve", watched)
+    monkeypatch.setattr(_factors, "narrowest_dtype", every_other)
+    monkeypatch.setattr(rounds, "batch_size", lambda spec, device: 8)
+    mixed = pipeline.run(make_tiny_llama(), batches, lora)
+    assert all(len({dtype for _, dtype in batch}) == 1 for batch in together)
+    assert {dtype for batch in together for _, dtype in batch} == {torch.float32, torch.float64}
+    assert max(len(batch) for batch in together) > 1
+    assert sorted(name for batch in together for name, _ in batch) == sorted(mixed.factors)
+    for ours, theirs in zip(mixed.report.layers, apart.report.layers, strict=True):
+        assert ours.converged
+        scale = max(abs(value) for value in theirs.ritz_values)
+        assert ours.ritz_values == pytest.approx(theirs.ritz_values, rel=1e-4, abs=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (torch.eye(5), "torch.float32 on cpu, order 5 in torch.float64 on cpu"),
+        (torch.eye(5, dtype=torch.float64, device="meta"), "on cpu, order 5 in torch.float64 on meta"),
+        (torch.eye(6, dtype=torch.float64), "order 5 in torch.float64 on cpu, order 6"),
+    ],
+    ids=["dtype", "device", "order"],
+)
+def test_operators_that_differ_are_not_stacked(other: Tensor, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Stacked([Dense(torch.eye(5, dtype=torch.float64)), Dense(other)])
 
 
 def test_joined_texts_have_the_losses_they_had_apart() -> None:

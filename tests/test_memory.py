@@ -221,7 +221,7 @@ def test_workspaces_of_small_layers_continue_to_larger_ones(estimator, monkeypat
     parts = pipe.components
 
     def found():
-        probe = WorkspaceProbe(pipe.registry, parts.estimator, parts.gradient, pipe.config)
+        probe = WorkspaceProbe(pipe.registry, parts.estimator, parts.gradient, pipe.config, torch.device("cpu"))
         solver = pipe.registry.create("solver", "lanczos")
         return probe.workspace(spec, Tokens(1600, 1600, 80), solver, torch.float32)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
-from lora_da_core.interfaces import Accumulator, GradientEstimator, LossProbe
+from lora_da_core.interfaces import GradientEstimator, LossProbe
 from lora_da_core.operators import DenseMap, LinearMap
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._directions import add_to, gaussian, scaled
@@ -64,19 +64,6 @@ class Smoothed(GradientEstimator[SmoothedOptions]):
     @property
     def forward_only(self) -> bool:
         return True
-
-    def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
-        """There is none: the estimate needs no token's gradient.
-
-        Args:
-            spec: The layer.
-            device: Without effect.
-            dtype: Without effect.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"gradient estimator {self.name!r} takes no tokens of {spec.name}; call estimate()")
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
-from lora_da_core.interfaces import Accumulator, GradientEstimator, LossProbe, NoOptions
+from lora_da_core.interfaces import GradientEstimator, LossProbe, NoOptions
 from lora_da_core.operators import DenseMap, LinearMap, accumulation_dtype
 from lora_da_core.types import LayerSpec
 
@@ -31,19 +31,6 @@ class Weights(GradientEstimator[NoOptions]):
     @property
     def forward_only(self) -> bool:
         return True
-
-    def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
-        """There is none: nothing depends on tokens.
-
-        Args:
-            spec: The layer.
-            device: Without effect.
-            dtype: Without effect.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"gradient estimator {self.name!r} takes no tokens of {spec.name}; call estimate()")
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator

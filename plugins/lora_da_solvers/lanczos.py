@@ -112,6 +112,7 @@ class _Run:
         self.probe = max(width, _LEAST_PROBE)
         self.tolerance = relative_tolerance(options.tolerance, operator.dtype)
         self.budget = options.max_applies
+        self.stride = _steps_between_looks(operator.device)
         capacity = min(rank + _KRYLOV_BLOCKS * max(self.probe, rank), operator.size - self.probe)
         self.keep = min(rank + _KEPT_BLOCKS * self.probe, capacity - self.probe)
         self.space = Subspace(operator, capacity, generator)
@@ -171,7 +172,7 @@ class _Run:
 
     def _iterate(self) -> None:
         """Krylov steps until the kept products say that all matrices have converged, or the budget is spent."""
-        pause, worst, self._watched = 2, torch.inf, None
+        pause, worst, self._watched = max(2, self.stride), torch.inf, None
         while True:
             for _ in range(pause):
                 if self.space.applies < self._iteration_budget or self.space.filled < self.rank:
@@ -179,7 +180,7 @@ class _Run:
             before, worst = worst, self._worst_residual()
             if worst <= _MARGIN or self.space.applies >= self._iteration_budget:
                 return
-            pause = _pause(before, worst, pause)
+            pause = max(self.stride, _pause(before, worst, pause))
 
     def _worst_residual(self) -> float:
         """The largest residual in units of the tolerance, over the matrices that are waited for; 0 without any."""
@@ -239,7 +240,9 @@ class _Run:
         space.seed(candidate.vectors, candidate.products)
         space.append(space.orthonormalise(space.random_block(self.probe)))
         steps = 1
-        while space.applies < self.budget and (steps < _LEAST_STEPS or (steps < effort and not self._separated())):
+        while space.applies < self.budget and (steps < _LEAST_STEPS or steps < effort):
+            if steps >= _LEAST_STEPS and (steps - _LEAST_STEPS) % self.stride == 0 and self._separated():
+                break
             self._advance(self.probe)
             steps += 1
         self._note_next_value()
@@ -264,6 +267,14 @@ class _Run:
         space.seed(candidate.vectors, candidate.products)
         fresh = space.random_block(self.width - block.shape[-1])
         space.append(space.orthonormalise(torch.cat([block, fresh], -1)))
+
+
+def _steps_between_looks(device: torch.device) -> int:
+    """Krylov steps at least from one look at the Ritz values to the next.
+
+    An accelerator waits for the host's small eigenproblems, which take longer than its products.
+    """
+    return 1 if device.type == "cpu" else 4
 
 
 def _pause(before: float, worst: float, steps: int) -> int:

@@ -1,0 +1,157 @@
+"""The benchmarks for an accelerator, whole but small, on the CPU: that they run and check what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import candidates, gpu_7b, primitives, solvers
+
+GRID = """
+[run]
+model = "model"
+data = "data.jsonl"
+samples = 8
+seeds = [0, 1]
+reference = "none"
+use_rslora = true
+
+[run.finetune]
+steps = 2
+learning_rates = [1e-3]
+eval_steps = [0, 2]
+batch_size = 4
+held_out = 6
+validation = 6
+together = 8
+
+[[grid]]
+baseline = ["default"]
+"""
+
+
+class _InThisProcess:
+    """A pool that runs what it is given at once."""
+
+    def __init__(self, *settings: Any, **more: Any) -> None:
+        pass
+
+    def __enter__(self) -> _InThisProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, work: Any, *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments))
+        return done
+
+
+@pytest.fixture
+def figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a benchmark as its command would be, and gives what it wrote."""
+
+    def run(benchmark: ModuleType, *arguments: str) -> Any:
+        path = tmp_path / "figures.json"
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, *arguments, "--device", "cpu", "--output", str(path)])
+        benchmark.main()
+        return json.loads(path.read_text())
+
+    return run
+
+
+def test_the_7b_comparison_measures_every_program_and_checks_both_presets(figures: Any) -> None:
+    shape = ("--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    found = figures(gpu_7b, *shape, "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    assert list(found["rows"]) == [
+        "peft lora_ga",
+        *(f"lora_da {n}" for n in ("robust, fixed scale", "robust", "paper")),
+    ]
+    reference = found["rows"]["peft lora_ga"]["seconds"]
+    for name, row in found["rows"].items():
+        assert row["ratio_to_lora_ga"] == pytest.approx(row["seconds"] / reference)
+        if name != "peft lora_ga":
+            assert row["converged"] == 14 == sum(row["solvers"].values())
+            assert row["phases"]["statistics"] + row["phases"]["solve"] < row["seconds"]
+    for preset in ("robust, fixed scale", "paper"):
+        check = found[f"check {preset}"]
+        assert check["worst_residual"] < 1e-6
+        assert len(check["angles"]) == 7
+        assert all(each["sine"] < 1e-6 for each in check["angles"].values() if each["gap"] > 1e-4)
+        assert check["seconds_and_calls"]["prepare"][1] == 14
+
+
+def test_the_7b_comparison_stops_at_its_time_limit_with_what_it_has(
+    figures: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = ("--layers", "1", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    found = figures(gpu_7b, *shape, "--samples", "4", "--repetitions", "2", "--time-limit", "0")
+    assert [len(row["all_seconds"]) for row in found["rows"].values()] == [1, 1, 1, 1]
+    assert "time limit reached" in capsys.readouterr().out
+
+
+def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) -> None:
+    found = figures(solvers, "--sizes", "120", "--ranks", "4", "--batch", "2", "--repetitions", "1")
+    rows = [row for row in found["rows"] if row["solver"] != "eigh"]
+    assert len(rows) == 8 and {row["solver"] for row in rows} == {"lanczos", "randomized_svd"}
+    for row in rows:
+        assert row["solved"] and row["residual"] <= max(row["tolerance"], 1e-5), row
+        assert abs(row["objective_gap"]) < 1e-4
+        eigh = next(r["seconds"] for r in found["rows"] if r["solver"] == "eigh" and r["dtype"] == row["dtype"])
+        assert row["speed_up"] == pytest.approx(eigh / row["seconds"])
+
+
+def test_the_primitives_are_timed_in_both_dtypes(figures: Any) -> None:
+    found = figures(primitives, "--sizes", "48", "--batch", "2")
+    names = {(row["primitive"], row["dtype"]) for row in found["rows"]}
+    assert len(names) == len(found["rows"]) == 22
+    assert all(math.isfinite(row["seconds"]) and row["seconds"] > 0 for row in found["rows"])
+
+
+def test_the_gram_matrix_of_a_triangular_inverse_is_the_inverse() -> None:
+    tokens = torch.randn(80, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = tokens.mT @ tokens
+    found = primitives.gram_of_inverse(torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(found, torch.linalg.inv(matrix))
+
+
+def test_every_candidate_trains_and_is_paired_with_the_default(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text(GRID)
+    output = tmp_path / "candidates.jsonl"
+    arguments = [
+        str(grid),
+        "--output",
+        str(output),
+        "--model",
+        str(world / "model"),
+        "--data",
+        str(world / "data.jsonl"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["candidates", *arguments, "--device", "cpu"])
+    monkeypatch.setattr(candidates, "ProcessPoolExecutor", _InThisProcess)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    candidates.main()
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert sorted((line["candidate"], line["seed"]) for line in lines) == sorted(
+        (name, seed) for name in candidates.CANDIDATES for seed in (0, 1)
+    )
+    ends = {(line["candidate"], line["seed"]): line["losses"] for line in lines}
+    assert all(math.isfinite(loss) for losses in ends.values() for loss in losses)
+    starts = {name: ends[name, 0][0] for name in candidates.CANDIDATES}
+    assert starts["default"] == pytest.approx(starts["default, AdamW warmed"], rel=1e-6)
+    assert starts["robust"] == pytest.approx(starts["A·x twice"], rel=1e-4)
+    differences = [ends["robust", seed][-1] - ends["default", seed][-1] for seed in (0, 1)]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("robust "))
+    assert f"{sum(differences) / 2:+.4f} ± " in row
