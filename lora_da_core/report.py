@@ -74,11 +74,12 @@ def layer_table(report: RunReport, *, wide: bool = False) -> Table:
 def plugin_table(records: Sequence[Mapping[str, str]]) -> Table:
     """One row per component or broken plugin, as `list_plugins` gives them."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    for header in ("kind", "name", "distribution", "version", "status"):
+    for header in ("kind", "name", "distribution"):
         table.add_column(header, no_wrap=header != "distribution", overflow="fold")
-    table.add_column("reason", overflow="fold")
+    table.add_column("status", overflow="fold")
     for record in records:
-        cells = (record[key] for key in ("kind", "name", "distribution", "version", "status", "reason"))
+        status = f"{record['status']}: {record['reason']}" if record["reason"] else record["status"]
+        cells = (record["kind"], record["name"], f"{record['distribution']} {record['version']}".strip(), status)
         table.add_row(*(Text(cell) for cell in cells), style="" if record["status"] == "ok" else _FAILED)
     return table
 
