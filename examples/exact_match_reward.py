@@ -4,6 +4,9 @@ A small Llama has learnt to reverse three symbols, and a disturbance of rank one
 smoothed objective's gradient, by forward passes alone, gives the step; the reward on samples that nothing was estimated
 from is printed before and after it.
 
+The disturbance's size, the seeds 0 to 2 and the step's fixed norm were selected on the same unseen samples that are
+reported here: the example shows that the mechanism works, not how large the gain is.
+
     python examples/exact_match_reward.py [--probes 2000] [--smoothing 0.05] [--seed 0]
 """
 

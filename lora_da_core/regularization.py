@@ -115,12 +115,16 @@ def penalty_of(
 
     made: Regularizer[Any] = Registry().create("regularizer", regularizer)
     chosen = pipeline or build_pipeline()
+    lora = adapter.config_of(model, adapter_name)
+    specs = adapter.resolve_targets(model, lora, adapter_name, chosen.config.unsupported).specs
+    other = [spec.name for spec in specs if spec.kind not in ("linear", "conv1d")]
+    if other:
+        raise OptionError(
+            f"a penalty covers linear layers; {other[0]} is none: leave it out (exclude_modules, target_parameters)."
+        )
     estimates = chosen.estimate(model, batches, adapter_name=adapter_name, cache_dir=cache_dir)
     parameters = adapter.factor_pairs(model, adapter_name)
     names = [spec.name for spec in estimates.task.specs]
-    other = [spec.name for spec in estimates.task.specs if spec.kind not in ("linear", "conv1d")]
-    if other:
-        raise OptionError(f"a penalty covers linear layers; {other[0]} is none: exclude it with exclude_modules.")
     state = adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names}) if start is None else start
     if set(state) != set(adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names})):
         raise OptionError("start holds the factors of other layers than the adapter has; give start_state_dict()'s.")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 import lora_da_core
-from lora_da_core import LoraDAConfig, TargetError, adapter, capture
+from lora_da_core import LoraDAConfig, OptionError, TargetError, adapter, capture
 from lora_da_core.capture import CaptureTask
 from lora_da_core.running_sums import Statistics
 from tiny_models import PAD, VOCABULARY, causal, continued, made
@@ -351,3 +352,82 @@ def test_uses_of_different_lengths_and_inputs_shared_in_part_are_all_counted() -
     for name, moment in expected.items():
         torch.testing.assert_close(found.of_layer(name).input["second_moment"], moment.detach())
     assert found.layers["twice"].tokens == 4 * 9 and found.layers["once"].tokens == 4 * 6
+
+
+# What else meets a convolution or fused experts
+
+
+def untouched() -> Any:
+    """Batches that fail a test where they are read."""
+    pytest.fail("batches were read")
+    yield
+
+
+@pytest.mark.parametrize("allocator", ["greedy", "parameter_budget", "sublora", "uniform"])
+def test_ranks_shared_out_among_convolutions_reload_bitwise(allocator: str, tmp_path: Path) -> None:
+    batches, geometry = image_batches(), {"kernel_size": (3, 2)}
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["conv", "head"])
+    pipeline = lora_da_core.build_pipeline(solver="eigh", objective=image_losses, allocator=allocator)
+    peft_model = lora_da_core.get_lora_da_model(image_model(**geometry), lora, batches, pipeline=pipeline).eval()
+    layers = {name: module for name, module in peft_model.named_modules() if hasattr(module, "lora_A")}
+    ranks = {name.rpartition(".")[2]: len(module.lora_A["default"].weight) for name, module in layers.items()}
+    assert sum(ranks.values()) <= 4 and (allocator == "uniform" or ranks["conv"] != ranks["head"])
+    peft_model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {key.removeprefix("base_model.model."): tuple(value.shape) for key, value in saved.items()}
+    assert shapes == {
+        "conv.lora_A.weight": (ranks["conv"], 2, 3, 2),
+        "conv.lora_B.weight": (5, ranks["conv"], 1, 1),
+        "head.lora_A.weight": (ranks["head"], 5),
+        "head.lora_B.weight": (3, ranks["head"]),
+    }
+    reloaded = PeftModel.from_pretrained(image_model(**geometry), tmp_path).eval()
+    state = peft_model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in reloaded.state_dict().items())
+    assert torch.equal(reloaded(batches[0]["x"]), peft_model(batches[0]["x"]))
+
+
+def test_an_allocator_refuses_fused_experts_before_any_work() -> None:
+    pipeline = lora_da_core.build_pipeline(allocator="greedy")
+    with pytest.raises(OptionError, match=r"allocator 'greedy': .*experts\.down_proj\.0 and the experts beside it"):
+        lora_da_core.get_lora_da_model(mixture("Mixtral"), experts_config(), untouched(), pipeline=pipeline)
+
+
+@pytest.mark.parametrize("offset", ["base", "frozen_adapter"])
+def test_a_convolution_with_an_offset_starts_at_the_bases_function(offset: Any, tmp_path: Path) -> None:
+    batches, geometry = image_batches(), {"kernel_size": 3, "padding": 2, "stride": 2}
+    lora = LoraConfig(r=2, target_modules=["conv", "head"])
+    pipeline = lora_da_core.build_pipeline(objective=image_losses, config=LoraDAConfig(offset=offset))
+    expected = image_model(**geometry)(batches[0]["x"])
+    peft_model = lora_da_core.get_lora_da_model(image_model(**geometry), lora, batches, pipeline=pipeline).eval()
+    conv = peft_model.base_model.model.conv
+    assert bool(conv.lora_B["default"].weight.any())
+    torch.testing.assert_close(peft_model(batches[0]["x"]), expected, rtol=1e-6, atol=1e-7)
+    if offset == "base":
+        return
+    trained = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    peft_model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(image_model(**geometry), tmp_path)
+    reloaded.load_adapter(str(tmp_path / "lora_da_offset"), "lora_da_offset")
+    reloaded.base_model.set_adapter(["default", "lora_da_offset"])
+    state = peft_model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in reloaded.state_dict().items())
+    assert torch.equal(reloaded.eval()(batches[0]["x"]), peft_model(batches[0]["x"]))
+
+
+@pytest.mark.parametrize("offset", ["base", "frozen_adapter"])
+def test_an_offset_refuses_fused_experts_before_any_work(offset: Any) -> None:
+    pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(offset=offset))
+    with pytest.raises(OptionError, match=rf"offset='{offset}': .*experts.* is no single weight"):
+        lora_da_core.get_lora_da_model(mixture("Mixtral"), experts_config(), untouched(), pipeline=pipeline)
+
+
+@pytest.mark.parametrize("kind", ["convolution", "experts"])
+def test_a_penalty_refuses_what_is_not_linear_before_any_work(kind: str) -> None:
+    if kind == "convolution":
+        model, lora, named = image_model(kernel_size=3), LoraConfig(r=2, target_modules=["head", "conv"]), "conv"
+    else:
+        model, lora, named = mixture("Mixtral"), experts_config(), r"experts\.down_proj\.0"
+    with pytest.raises(OptionError, match=rf"a penalty covers linear layers; \S*{named} is none"):
+        lora_da_core.penalty_of(get_peft_model(model, lora), "laplace", untouched())
