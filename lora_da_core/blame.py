@@ -25,6 +25,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error says, after whose code raised it where `blamed` let it pass.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        One line or more.
+    """
+    whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ())[:1])
+    return f"{whose}{type(error).__name__}: {error}"
+
+
 @contextlib.contextmanager
 def blamed(component: str, place: str = "") -> Iterator[None]:
     """Raises a `PluginError` in the place of whatever the block raises; our own errors and out-of-memory pass.
@@ -42,5 +55,6 @@ def blamed(component: str, place: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
+            error.add_note(f"{component} raised{place}")
             raise
         raise PluginError(f"{component} raised{place}: {type(error).__name__}: {error}") from error

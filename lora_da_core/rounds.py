@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.allocation import Allocation
-from lora_da_core.blame import is_out_of_memory
+from lora_da_core.blame import is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
@@ -184,7 +184,7 @@ class Rounds:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = f"{type(error).__name__}: {error}"
+                reason = reason_of(error)
             # Only here, where the error no longer holds what the attempt had in memory.
             left = self._halved(task, batches, left, reason)
         whole = functools.reduce(Round.with_layers_of, found)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_da_core import build_pipeline, list_plugins
-from lora_da_core.errors import OptionError, PluginError, UnknownNameError
+from lora_da_core.errors import LoraDAError, OptionError, PluginError, UnknownNameError
 from lora_da_core.registry import HOOK_OF_KIND, Registry
 
 ALL_KINDS = {"allocator", "estimator", "gradient", "solver", "objective", "preset", "regularizer", "trainer"}
@@ -478,7 +478,7 @@ def test_a_faulty_estimator_is_named_and_the_model_is_as_found(
 
 
 SOLVER_FAULTS = {
-    "raises": ("raise MemoryError('too large')", r"raised on layer {layer}: MemoryError: too large"),
+    "raises": ("raise ValueError('too large')", r"raised on layer {layer}: ValueError: too large"),
     "no-result": ("return None", r"broke its contract on {layer}: it returned NoneType, not an EigenResult"),
     "transposed": (
         "return replace(found, vectors=found.vectors.mT.contiguous())",
@@ -532,6 +532,30 @@ def test_a_faulty_solver_is_named_and_the_model_is_as_found(
     model_unchanged(tiny_llama)
     expected = r"solver 'faulty' \(faulty 1\.2\) " + message.format(layer=LAYER)
     with pytest.raises(PluginError, match=expected):
+        run(tiny_llama, batches, solver="faulty")
+
+
+def test_a_solver_that_runs_out_of_memory_is_named_when_fewer_layers_do_not_help(
+    site: Site,
+    tiny_llama: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    model_unchanged: Callable[[nn.Module], None],
+) -> None:
+    source = """
+    from lora_da_solvers.eigh import Eigh
+    class Faulty(Eigh):
+        '''Faulty.'''
+        name = "faulty"
+        def smallest(self, operator, rank, *, generator):
+            raise MemoryError("too large")
+    @hookimpl
+    def lora_da_solvers():
+        return [Faulty]
+    """
+    site.install("faulty", source)
+    model_unchanged(tiny_llama)
+    expected = r"memory ran out again.*solver 'faulty' \(faulty 1\.2\) raised on layer .*: MemoryError: too large"
+    with pytest.raises(LoraDAError, match=expected):
         run(tiny_llama, batches, solver="faulty")
 
 
