@@ -95,6 +95,10 @@ class Bench:
         """G of a layer, (out, in), float64."""
         return self.estimates(("kfac", ()))[1].gradient(self.specs[name]).to_dense().double()
 
+    def gains(self, name: str, step: WeightStep) -> Tensor:
+        """What each direction of a step takes off the loss, to first order, (rank,)."""
+        return -((self.gradient(name) @ step.right) * step.left).sum(0)
+
     def divided(self, steps: Steps, how: str = "sum", share: float = 1.0) -> Factors:
         """A and B such that A·x is `share` times a default LoRA's: in sum, row by row, or white."""
         factors = {}
@@ -177,7 +181,7 @@ def allocated(bench: Bench) -> dict[str, int]:
     cost = {name: spec.in_features + spec.out_features for name, spec in bench.specs.items()}
     queue = []
     for name, step in steps.items():
-        gains = -((bench.gradient(name) @ step.right) * step.left).sum(0)
+        gains = bench.gains(name, step)
         for place, gain in enumerate(sorted(gains.tolist(), reverse=True)):
             heapq.heappush(queue, (-gain / cost[name], name, place))
     left = sum(RANK * each for each in cost.values()) - sum(cost.values())
@@ -195,7 +199,7 @@ def allocated_ranks(bench: Bench) -> Factors:
     steps, ranks = bench.steps(rank=bench.most_ranks), allocated(bench)
     cut = {}
     for name, step in steps.items():
-        gains = -((bench.gradient(name) @ step.right) * step.left).sum(0)
+        gains = bench.gains(name, step)
         kept = gains.argsort(descending=True)[: ranks[name]]
         cut[name] = WeightStep(step.left[:, kept], step.right[:, kept])
     return bench.divided(bench.sized(cut))

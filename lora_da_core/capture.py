@@ -66,6 +66,15 @@ class CaptureTask:
         weight = getattr(self.modules[spec.name], spec.parameter, None)
         return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
 
+    def ledger(self, part: Batch) -> TokenLedger:
+        """For a forward pass that only looks: whose tokens are seen, and which count."""
+        specs = {spec.name: spec for spec in self.specs}
+
+        def mask_of(name: str, tokens: int) -> Tensor:
+            return self.objective.token_mask(part, specs[name], self.token_mask, tokens)
+
+        return TokenLedger(len(part["labels"]), mask_of, self.device)
+
     @property
     def needs_backward(self) -> bool:
         """Whether anything needs output gradients."""

@@ -12,7 +12,6 @@ from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.capture import CaptureTask
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
-from lora_da_core.taps import TokenLedger
 from lora_da_core.types import Batch
 
 Names = Sequence[str]
@@ -48,12 +47,7 @@ def input_groups(task: CaptureTask, batches: Sequence[Batch]) -> list[Names]:
 
 
 def _note_leaders(task: CaptureTask, sample: Batch, leaders: dict[str, str]) -> None:
-    specs = {spec.name: spec for spec in task.specs}
-
-    def mask_of(name: str, tokens: int) -> Tensor:
-        return task.objective.token_mask(sample, specs[name], task.token_mask, tokens)
-
-    ledger = TokenLedger(1, mask_of, task.device)
+    specs, ledger = {spec.name: spec for spec in task.specs}, task.ledger(sample)
 
     def look(call: Call) -> Tensor:
         kind, output = KINDS[specs[call.layer].kind], call.output

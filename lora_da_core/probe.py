@@ -78,7 +78,7 @@ class LowRankProbe(LossProbe):
         for batch in self._batches:
             part = labelled_part(self._task.objective, batch)
             if part is not None:
-                self._look = partial(self._measure, self._ledger(part), bases, sums)
+                self._look = partial(self._measure, self._task.ledger(part), bases, sums)
                 try:
                     with torch.no_grad():
                         self._task.objective.losses(self._task.model, to_device(part, self._task.device))
@@ -99,12 +99,6 @@ class LowRankProbe(LossProbe):
         with torch.no_grad():
             answers: Tensor = module(unit) - module(torch.zeros_like(unit[:1]))
         return answers.mT
-
-    def _ledger(self, part: Batch) -> TokenLedger:
-        def mask_of(name: str, tokens: int) -> Tensor:
-            return self._task.objective.token_mask(part, self._specs[name], self._task.token_mask, tokens)
-
-        return TokenLedger(len(part["labels"]), mask_of, self._task.device)
 
     def _measure(
         self, ledger: TokenLedger, bases: Mapping[str, Tensor], sums: Mapping[str, Tensor], call: Call

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import TrainerPlugin
 from lora_da_trainers._pairs import Pair, balanced, lora_pairs
+from lora_da_trainers._rates import check_rate, rate_of
 
 Method = Literal["euler", "rk2", "rk4"]
 
@@ -149,8 +150,7 @@ class OdeLoraOptions:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(get_args(Method))}")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr is {self.lr!r}; it must be above 0, or None")
+        check_rate(self.lr)
 
 
 class OdeLora(TrainerPlugin[OdeLoraOptions]):
@@ -161,7 +161,7 @@ class OdeLora(TrainerPlugin[OdeLoraOptions]):
     Options = OdeLoraOptions
 
     def attach(self, trainer: Any) -> None:
-        rate = trainer.args.learning_rate if self.options.lr is None else self.options.lr
+        rate = rate_of(trainer, self.options.lr)
         trainer.optimizer = OdeLoraOptimizer(lora_pairs(trainer.model), rate, self.options.method)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import TrainerPlugin
 from lora_da_trainers._pairs import Pair, balanced, lora_pairs
+from lora_da_trainers._rates import check_rate, rate_of
 
 TINY = 1e-12
 """Singular values below this share of the largest are no direction to orthogonalise."""
@@ -155,8 +156,7 @@ class RiemannionOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum!r}; it must be at least 0 and below 1")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr is {self.lr!r}; it must be above 0, or None")
+        check_rate(self.lr)
 
 
 class Riemannion(TrainerPlugin[RiemannionOptions]):
@@ -167,7 +167,7 @@ class Riemannion(TrainerPlugin[RiemannionOptions]):
     Options = RiemannionOptions
 
     def attach(self, trainer: Any) -> None:
-        rate = trainer.args.learning_rate if self.options.lr is None else self.options.lr
+        rate = rate_of(trainer, self.options.lr)
         trainer.optimizer = RiemannionOptimizer(lora_pairs(trainer.model), rate, self.options.momentum)
 
 
