@@ -125,7 +125,7 @@ class Bench:
         """A direction at the size of the library's line search."""
         found = self.estimates(("kfac", ()))[1]
         dtypes = dict.fromkeys(direction, torch.float32)
-        return Sizing(found.task, found.unseen, dtypes).search({}, direction)[1]
+        return Sizing(found.task, found.unseen, dtypes, print).search({}, direction)[1]
 
 
 def default(bench: Bench) -> Factors:
@@ -154,7 +154,7 @@ def multipliers_by_kind(bench: Bench) -> Factors:
     _, found = bench.estimates(("kfac", ()))
     steps = dict(bench.steps())
     kinds = sorted({name.rsplit(".", 1)[-1] for name in steps})
-    with LowRankProbe(found.task, spread(found.unseen, SEARCH_SAMPLES)) as probe:
+    with LowRankProbe(found.task, spread(found.unseen, SEARCH_SAMPLES), print) as probe:
 
         def loss(trial: Steps) -> float:
             changes = {n: LowRankMap(s.left.float(), s.right.float()) for n, s in trial.items()}

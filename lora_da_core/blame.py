@@ -39,6 +39,25 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
+def shortage_named(during: str, cure: str) -> Iterator[None]:
+    """Raises a `LoraDAError` in the place of an error that says that memory ran out; all others pass.
+
+    Args:
+        during: What was being done, e.g. `the estimates were solved`.
+        cure: What to do about it, as sentences.
+
+    Raises:
+        LoraDAError: Memory ran out within the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise LoraDAError(f"memory ran out while {during}. {cure} {reason_of(error)}") from error
+
+
+@contextlib.contextmanager
 def blamed(component: str, place: str = "") -> Iterator[None]:
     """Raises a `PluginError` in the place of whatever the block raises; our own errors and out-of-memory pass.
 

@@ -382,9 +382,9 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _unexpected(error: Exception) -> str:
-    import torch
+    from lora_da_core.blame import is_out_of_memory
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return f"out of memory; lower --batch-size, --max-length or --samples. {error}"
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return f"{textwrap.shorten(text, LONGEST_SURPRISE)} (unexpected; --debug shows where)"

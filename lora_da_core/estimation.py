@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -138,7 +138,8 @@ def estimate(
     middle = time.perf_counter()
     notes = check_tokens(task.specs, statistics)
     if task.gradient.forward_only:
-        gradient_sums = forward_gradients(task, batches, seed) if gradient_sums is None else gradient_sums
+        if gradient_sums is None:
+            gradient_sums = forward_gradients(task, batches, seed, notes.append)
     else:
         taps = {name: layer.gradient for name, layer in statistics.layers.items() if layer.group is not None}
         gradient_sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
@@ -148,13 +149,16 @@ def estimate(
     return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
 
 
-def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) -> dict[str, dict[str, Tensor]]:
+def forward_gradients(
+    task: CaptureTask, batches: Sequence[Batch], seed: int, note: Callable[[str], None]
+) -> dict[str, dict[str, Tensor]]:
     """What a gradient estimator that needs no backward pass finds; all layers at once, since it moves all together.
 
     Args:
         task: Model, modules and components.
         batches: The batches.
         seed: Of directions that are drawn.
+        note: Told where memory ran out and batches were halved.
 
     Returns:
         The gradient's statistics by layer.
@@ -163,7 +167,7 @@ def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) ->
         PluginError: The estimator raised.
     """
     generator = torch.Generator().manual_seed(seed)
-    with blamed(_named_gradient(task)), LowRankProbe(task, batches) as probe:
+    with blamed(_named_gradient(task)), LowRankProbe(task, batches, note) as probe:
         return task.gradient.estimate(probe, task.specs, generator=generator)
 
 

@@ -102,7 +102,7 @@ class Finish:
             steps = {name: unit_step(space, self.config.spectrum) for name, space in spaces.items()}
             if rule == "product":
                 steps = {name: of_norm(step, 1 / gamma) for name, step in steps.items()}
-            sizing = Sizing(job.task, job.batches, dtypes, self.on_progress)
+            sizing = Sizing(job.task, job.batches, dtypes, self.record.note, self.on_progress)
             found = sizing.divided(steps, self.config.balance)
         foreign = self.config.pairing != "same" or not self.components.gradient.follows_loss
         if self.config.offset == "none" and foreign and any(bool(pair.B.any()) for pair in found.values()):
@@ -127,7 +127,7 @@ class Finish:
                 "the step was sized on samples that it was estimated from: none are left beyond `samples`"
             )
         for number, part in enumerate([job.batches, *job.later]):
-            sizing = Sizing(job.task, job.unseen if unseen else part, dtypes, self.on_progress)
+            sizing = Sizing(job.task, job.unseen if unseen else part, dtypes, self.record.note, self.on_progress)
             task = replace(job.task, changes=sizing.changes(steps))
             rounds.append(self.rounds.later(task, part, number) if number else first)
             solutions = rounds[-1].solutions

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,20 @@ def prepared(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = code
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Puts back what shuffling, collating, dropout and a model's own noise draw from: Python's, numpy's, torch's."""
+    plain, arrays = random.getstate(), np.random.get_state()
+    # Where CUDA has not started yet, nothing has been drawn there, and asking would start it.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
 
 
 def first_non_finite_module(model: nn.Module, run: Callable[[], Any]) -> str | None:

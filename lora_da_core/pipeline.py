@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
-from lora_da_core.blame import blamed
+from lora_da_core.blame import blamed, shortage_named
 from lora_da_core.budget import plan_note, plan_within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
@@ -25,7 +25,7 @@ from lora_da_core.estimation import Estimates, Job, check_tokens, complete, esti
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.modes import quantization_notes
+from lora_da_core.modes import quantization_notes, random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_PRESET = "robust"
+
+_SMALLER = "Give smaller batches, shorter samples, or an estimator with smaller statistics"
+"""The start of what helps against a shortage of memory."""
 
 
 def build_pipeline(
@@ -101,6 +104,8 @@ class Pipeline:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
         return f"Pipeline({names}, config={self.config!r})"
 
+    @random_states_kept()
+    @shortage_named("the layers were initialised", f"{_SMALLER}; layers_per_pass and max_memory divide the layers.")
     def run(
         self,
         model: nn.Module,
@@ -157,6 +162,11 @@ class Pipeline:
             parts = divided_layers(input_groups(job.task, job.batches), most)
         return Finish(self.registry, self.components, self.config, job, on_progress).result(parts)
 
+    @random_states_kept()
+    @shortage_named(
+        "the statistics of all layers were taken and kept",
+        f"{_SMALLER}; without a cache, run divides the layers by layers_per_pass or max_memory.",
+    )
     def estimate(
         self,
         model: nn.Module,
@@ -230,6 +240,10 @@ class Pipeline:
             logger.warning("%s", note)
         return Job(task, first, notes, later, unseen)
 
+    @random_states_kept()
+    @shortage_named(
+        "estimates were solved", "Estimate fewer layers at a time, or let run divide them by layers_per_pass."
+    )
     def solve(
         self, estimates: Estimates, peft_config: LoraConfig | None = None, *, on_progress: Progress | None = None
     ) -> LoraDAResult:
@@ -320,6 +334,7 @@ class Pipeline:
         Allocation(self.registry, allocator, specs)
 
 
+@shortage_named("the adapter was made", "Free memory, or give a smaller rank.")
 def get_lora_da_model(
     model: nn.Module,
     peft_config: LoraConfig,
@@ -403,6 +418,7 @@ def get_lora_da_state_dict(
     return adapter.state_dict(result.factors)
 
 
+@shortage_named("the adapter was written", "Free memory, or give a smaller rank.")
 def initialize_lora_da_weights(
     peft_model: PeftModel,
     batches: Iterable[Batch] | None = None,

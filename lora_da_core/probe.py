@@ -1,15 +1,20 @@
-"""Loss evaluations with low-rank changes on layers' outputs, forward passes only."""
+"""Loss evaluations with low-rank changes on layers' outputs, forward passes only.
+
+Where memory runs out, the batch that was too large is halved, once and for all: losses are per sample.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lora_da_core.batches import labelled_part, to_device
+from lora_da_core.batches import labelled_part, take_rows, to_device
+from lora_da_core.blame import blamed, is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import LossProbe
@@ -19,13 +24,22 @@ from lora_da_core.operators import LinearMap
 from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
+Found = TypeVar("Found")
+
 
 class LowRankProbe(LossProbe):
-    """Evaluates the loss with changes added to layers' outputs; used inside `with probe:`."""
+    """Evaluates the loss with changes added to layers' outputs; used inside `with probe:`.
 
-    def __init__(self, task: CaptureTask, batches: Sequence[Batch]) -> None:
-        self._task = task
-        self._batches = batches
+    Args:
+        task: What is run.
+        batches: The data; samples without labels are left out.
+        note: Told of batches that had to be halved.
+    """
+
+    def __init__(self, task: CaptureTask, batches: Sequence[Batch], note: Callable[[str], None]) -> None:
+        parts = [labelled_part(task.objective, batch) for batch in batches]
+        self._task, self._note = task, note
+        self._batches = [part for part in parts if part is not None]
         self._changes: Mapping[str, LinearMap] = {}
         self._specs = {spec.name: spec for spec in task.specs}
         self._look: Callable[[Call], None] | None = None
@@ -55,13 +69,7 @@ class LowRankProbe(LossProbe):
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         self._changes = changes
         try:
-            with torch.no_grad():
-                found = [
-                    self._task.objective.losses(self._task.model, to_device(batch, self._task.device))
-                    for batch in (labelled_part(self._task.objective, batch) for batch in self._batches)
-                    if batch is not None
-                ]
-            return torch.cat(found).double().cpu()
+            return torch.cat(list(self._over_batches(self._losses_of))).double().cpu()
         finally:
             self._changes = {}
 
@@ -74,17 +82,51 @@ class LowRankProbe(LossProbe):
         Returns:
             Σ‖x‖² and Σ‖basisᵀx‖² by layer.
         """
+        total = {name: torch.zeros(2, dtype=torch.float64) for name in bases}
+        for sums in self._over_batches(partial(self._energies_of, bases)):
+            for name, found in sums.items():
+                total[name] += found
+        return {name: (float(found[0]), float(found[1])) for name, found in total.items()}
+
+    def _losses_of(self, batch: Batch) -> Tensor:
+        objective, origin = self._task.objective, self._task.origins.get("objective", "unknown distribution")
+        with (
+            torch.no_grad(),
+            blamed(f"objective {objective.name!r} ({origin})", " in a forward pass of the loss probe"),
+        ):
+            return objective.losses(self._task.model, to_device(batch, self._task.device))
+
+    def _energies_of(self, bases: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in bases}
-        for batch in self._batches:
-            part = labelled_part(self._task.objective, batch)
-            if part is not None:
-                self._look = partial(self._measure, self._task.ledger(part), bases, sums)
-                try:
-                    with torch.no_grad():
-                        self._task.objective.losses(self._task.model, to_device(part, self._task.device))
-                finally:
-                    self._look = None
-        return {name: (float(found[0]), float(found[1])) for name, found in sums.items()}
+        self._look = partial(self._measure, self._task.ledger(batch), bases, sums)
+        try:
+            self._losses_of(batch)
+        finally:
+            self._look = None
+        return sums
+
+    def _over_batches(self, run: Callable[[Batch], Found]) -> Iterator[Found]:
+        """What `run` gives for every batch, in order; a batch for which memory runs out is replaced by its halves."""
+        place = 0
+        while place < len(self._batches):
+            batch = self._batches[place]
+            samples = len(batch["labels"])
+            try:
+                found = run(batch)
+            except Exception as error:
+                if samples < 2 or not is_out_of_memory(error):
+                    raise
+                reason = reason_of(error).splitlines()[0]
+            else:
+                yield found
+                place += 1
+                continue
+            # Only here, where the error no longer holds what the attempt had in memory.
+            if self._task.device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows = torch.arange(samples).tensor_split(2)
+            self._batches[place : place + 1] = [take_rows(batch, part) for part in rows]
+            self._note(f"memory ran out in a forward pass over {samples} samples; halved that batch ({reason})")
 
     def weights(self, layer: str) -> Tensor:
         module, kind = self._task.modules[layer], self._specs[layer].kind

@@ -172,7 +172,9 @@ class Rounds:
         """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
         seed, gradients = self._config.seed + number, None
         if task.gradient.forward_only:
-            gradients = self._record.timed("gradient", lambda: forward_gradients(task, batches, seed))
+            gradients = self._record.timed(
+                "gradient", lambda: forward_gradients(task, batches, seed, self._record.note)
+            )
         found: list[Round] = []
         done: list[Names] = []
         left: Sequence[Names] = self._parts

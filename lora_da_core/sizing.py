@@ -36,6 +36,7 @@ class Sizing:
         task: What is run; its own changes are left out, since steps are counted from the base.
         batches: Where the samples come from.
         dtypes: Dtype of every layer's factors.
+        note: Told where memory ran out and batches were halved.
         on_progress: Told of every loss.
     """
 
@@ -44,6 +45,7 @@ class Sizing:
         task: CaptureTask,
         batches: Sequence[Batch],
         dtypes: Mapping[str, torch.dtype],
+        note: Callable[[str], None],
         on_progress: Progress | None = None,
     ) -> None:
         parts = [labelled_part(task.objective, batch) for batch in batches]
@@ -51,7 +53,7 @@ class Sizing:
         if task.device.type != "cpu":
             # No more tokens at once than a pass with gradients had room for.
             chosen = joined(chosen, max(part["labels"].numel() for part in parts if part is not None))
-        self._probe = LowRankProbe(replace(task, changes={}), chosen)
+        self._probe = LowRankProbe(replace(task, changes={}), chosen, note)
         self._specs = {spec.name: spec for spec in task.specs}
         self._dtypes, self._on_progress = dtypes, on_progress
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from lora_da_core.errors import OptionError
+from lora_da_core.modes import random_states_kept
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
 from lora_da_core.types import RunReport
@@ -59,7 +55,7 @@ def init_before_training(
     population = chosen.config.population or (len(data) if isinstance(data, Sized) else None)
     config = replace(chosen.config, samples=wanted, population=population)
     adapter.config_of(model, adapter_name)
-    with _random_states():
+    with random_states_kept():
         loader = trainer.get_train_dataloader()
         loader = preference_batches(loader) if preferences else loader
         result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
@@ -82,16 +78,3 @@ def _preference_pipeline(trainer: Any) -> Pipeline:
             "the objective to start from, such as build_pipeline(objective='dpo') or 'rpo'."
         )
     return build_pipeline(objective=("dpo", {"beta": trainer.args.beta}))
-
-
-@contextlib.contextmanager
-def _random_states() -> Iterator[None]:
-    """Puts back what shuffling and collating draw from."""
-    plain, arrays = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(arrays)

@@ -444,7 +444,7 @@ def test_a_probe_s_changes_are_at_least_float32(dtype: torch.dtype) -> None:
         model, found.modules, found.specs, parts.objective, parts.estimator, parts.gradient, token_mask="labels"
     )
     (spec,) = found.specs
-    with LowRankProbe(task, batches) as probe:
+    with LowRankProbe(task, batches, print) as probe:
         device, chosen = probe.place(spec.name)
         change = direction(spec, 1, torch.Generator().manual_seed(0), device=device, dtype=chosen)
         assert not torch.equal(probe.losses({spec.name: change}), probe.losses({}))

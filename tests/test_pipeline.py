@@ -372,7 +372,7 @@ def test_a_probe_that_cannot_start_leaves_the_model_as_found(batches: Batches, m
     model = make_tiny_llama().train()
     model_unchanged(model)
     task = dataclasses.replace(lora_da_core.build_pipeline().estimate(model, batches, LORA).task, base_only=refuse)
-    probe = LowRankProbe(task, batches)
+    probe = LowRankProbe(task, batches, print)
     with pytest.raises(RuntimeError, match="no base here"):
         probe.__enter__()
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
