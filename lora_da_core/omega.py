@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lora_da_core.factorisations import svd
 from lora_da_core.operators import DenseMap, LinearMap, NegatedGram, Scaled, Sum, SymmetricOperator
 from lora_da_core.types import LoraFactors, Pairing, Spectrum
 
@@ -139,7 +140,7 @@ def paired(solution: Subspace, pairing: Pairing) -> Subspace:
     Returns:
         Of rank r; the columns of `projected` have unit norm, and 0 where there is no direction.
     """
-    u, values, vh = torch.linalg.svd(solution.projected, full_matrices=False)
+    u, values, vh = svd(solution.projected, "a layer's step")
     present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
     right, left, rank = solution.basis @ vh.mT, u * present, solution.basis.shape[1] // 2
     first, second = slice(None, rank), slice(rank, None)
@@ -175,7 +176,7 @@ def unit_step(solution: Subspace, spectrum: Spectrum) -> WeightStep:
     """
     if spectrum == "kept":
         return WeightStep(solution.projected, solution.basis)
-    u, values, vh = torch.linalg.svd(solution.projected, full_matrices=False)
+    u, values, vh = svd(solution.projected, "a layer's step")
     present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
     return WeightStep((u * present) @ vh, solution.basis)
 
@@ -200,7 +201,7 @@ class StepLine:
         """The step at t = `multiplier`."""
         (before, rank), (left, right) = self._ranks, self._cores
         weights = torch.cat([left.new_ones(before), left.new_full((rank,), multiplier)])
-        u, values, vh = torch.linalg.svd((left * weights) @ right.mT, full_matrices=True)
+        u, values, vh = svd((left * weights) @ right.mT, "a sum of steps", full_matrices=True)
         kept = min(rank, len(values))
         scaled = left.new_zeros(len(u), rank)
         scaled[:, :kept] = u[:, :kept] * values[:kept]
@@ -256,7 +257,7 @@ def evenly_divided_factors(step: WeightStep, scaling: float, dtype: torch.dtype)
     Returns:
         A (r, in) and B (out, r).
     """
-    u, values, vh = torch.linalg.svd(step.left.double() / scaling, full_matrices=False)
+    u, values, vh = svd(step.left.double() / scaling, "a layer's step")
     if not bool(values.any()) or len(values) < step.right.shape[1]:
         return balanced_factors(step, scaling, DEFAULT_A_SCALE, dtype)
     roots = values.clamp(min=LEAST_SHARE * float(values[0])).sqrt()

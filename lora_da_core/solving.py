@@ -16,18 +16,15 @@ from torch import Tensor
 
 from lora_da_core.blame import blamed
 from lora_da_core.config import LoraDAConfig
+from lora_da_core.eigen_results import broken_down, fault_of, in_dtype_of, is_broken, member, relative_residual
 from lora_da_core.errors import ConvergenceError, OptionError, PluginError
 from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
 from lora_da_core.omega import Subspace, formed, omega, subspace
-from lora_da_core.operators import LinearMap, NegatedGram, Stacked, SymmetricOperator
+from lora_da_core.operators import Dense, LinearMap, NegatedGram, Stacked, SymmetricOperator
 from lora_da_core.registry import Registry
 from lora_da_core.types import Curvature, EigenResult, FisherStatistics, LayerSpec
 
 logger = logging.getLogger(__name__)
-
-ORTHONORMAL = 1e-3
-"""Largest |UᵀU − I| that counts as orthonormal; solvers in float32 stay far below."""
-
 
 NORM_TOLERANCE = 1e-4
 """Relative residual that σ² is found to: its error is at most that, and of the order of the square where it has a gap.
@@ -187,7 +184,7 @@ class LayerSolver:
         seconds: float,
     ) -> LayerSolution:
         start, spec, config = time.perf_counter(), layer.spec, self.config
-        remedies = list(layer.fisher.remedies)
+        remedies = [*layer.fisher.remedies, *norm.remedies, *result.remedies]
         if not bool(norm.converged):
             gram = NegatedGram(layer.step)
             _, norm = self._unconverged(solver, gram, norm, remedies, generator, spec.name, "σ")
@@ -201,6 +198,8 @@ class LayerSolver:
         if not bool(solution.projected.isfinite().all()):
             raise PluginError(f"{self._named('estimator', self.estimator)} gave a step with NaN or Inf on {spec.name}")
         values = result.values.double()
+        for remedy in remedies:
+            logger.info("layer %s: %s", spec.name, remedy)
         curvature = None
         if layer.gradient is not None:
             with self._blamed("estimator", self.estimator, spec.name):
@@ -209,7 +208,7 @@ class LayerSolver:
             subspace=solution,
             values=tuple((values / divisor**2).tolist()),
             gap=float(result.next_value.double() - values[-1]) / divisor**2,
-            residual=_relative_residual(result),
+            residual=relative_residual(result),
             converged=bool(result.converged),
             sigma=sigma,
             solver=solver.name,
@@ -252,14 +251,22 @@ class LayerSolver:
         generator: torch.Generator,
         names: str,
     ) -> list[EigenResult]:
-        """One result per operator; several operators go to the solver as one batch."""
+        """One result per operator; several operators go to the solver as one batch, and each alone if that fails."""
         whole = operators[0] if len(operators) == 1 else Stacked(operators)
-        with self._blamed("solver", solver, names):
-            result = solver.smallest(whole, rank, generator=generator)
-        fault = _fault(result, whole, rank)
+        try:
+            with self._blamed("solver", solver, names):
+                result = solver.smallest(whole, rank, generator=generator)
+        except (ConvergenceError, PluginError) as error:
+            reason = error if isinstance(error, ConvergenceError) else error.__cause__
+            if not isinstance(reason, (ConvergenceError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
+                raise
+            if len(operators) == 1:
+                return [broken_down(operators[0], rank, f"{solver.name} broke down: {reason}")]
+            return [self._smallest(solver, [each], rank, generator, names)[0] for each in operators]
+        fault = fault_of(result, whole, rank)
         if fault:
             raise PluginError(f"{self._named('solver', solver)} broke its contract on {names}: {fault}")
-        return [result] if len(operators) == 1 else [_member(result, index) for index in range(len(operators))]
+        return [result] if len(operators) == 1 else [member(result, index) for index in range(len(operators))]
 
     def _unconverged(
         self,
@@ -271,13 +278,12 @@ class LayerSolver:
         layer: str,
         quantity: str = "",
     ) -> tuple[Solver[Any], EigenResult]:
+        """The ladder: other solvers, then the matrix itself in float64 on the CPU."""
         rank = result.values.shape[-1]
         subject = f"{quantity} of {layer}" if quantity else layer
         failure = f"did not converge on {quantity}" if quantity else "did not converge"
-        missed = (
-            f"solver {solver.name!r} did not converge on {subject}: residual "
-            f"{_relative_residual(result):.1e} of ‖Ω‖ after {result.applies} products"
-        )
+        how = f"residual {relative_residual(result):.1e} of ‖Ω‖ after {result.applies} products"
+        missed = f"solver {solver.name!r} did not converge on {subject}: {'; '.join(result.remedies) or how}"
         if self.config.unconverged == "error":
             raise ConvergenceError(f"{missed}. Choose another solver, or unconverged='fallback'.")
         logger.warning("%s", missed)
@@ -290,7 +296,19 @@ class LayerSolver:
             solver = self.registry.create("solver", name)
             result = self._smallest(solver, [operator], rank, generator, layer)[0]
             remedies.append(f"{failed[-1]} {failure}; solved with {name}")
+            remedies.extend(result.remedies)
             failed.append(name)
+        if self.config.unconverged == "fallback" and not bool(result.converged) and _can_widen(operator):
+            solver = self.registry.create("solver", self.registry.choose_solver(1, 1, "cpu"))
+            wide = Dense(operator.to_dense().to("cpu", torch.float64))
+            on_cpu = self._smallest(solver, [wide], rank, torch.Generator().manual_seed(self.config.seed), layer)[0]
+            result = in_dtype_of(operator, on_cpu)
+            remedies.append(f"{failed[-1]} {failure}; solved with {solver.name} in float64 on the CPU")
+        if is_broken(result):
+            raise ConvergenceError(
+                f"no solver found {subject}: {'; '.join((*remedies, *result.remedies))}. Raise the damping, choose "
+                "another solver or unconverged='fallback', or leave the layer out with exclude_modules."
+            )
         if not bool(result.converged):
             remedies.append(f"{failed[-1]} {failure}")
         return solver, result
@@ -310,6 +328,11 @@ def _for_norms(solver: Solver[Any]) -> Solver[Any]:
     return type(solver)(replace(solver.options, tolerance=NORM_TOLERANCE))
 
 
+def _can_widen(operator: SymmetricOperator) -> bool:
+    """Whether float64 on the CPU is anything that was not tried yet."""
+    return operator.dtype != torch.float64 or operator.device.type != "cpu"
+
+
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Products of float32 in float32, whatever was allowed before: TF32's 10 bits would decide where residuals end."""
@@ -322,17 +345,6 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _member(result: EigenResult, index: int) -> EigenResult:
-    return EigenResult(
-        values=result.values[index],
-        vectors=result.vectors[index],
-        residuals=result.residuals[index],
-        converged=result.converged[index],
-        applies=result.applies,
-        next_value=result.next_value[index],
-    )
 
 
 def _curvature(fisher: LayerFisher, gradient: LinearMap, basis: Tensor, projected: Tensor) -> Curvature:
@@ -349,29 +361,3 @@ def _curvature(fisher: LayerFisher, gradient: LinearMap, basis: Tensor, projecte
 
 def _ones(like: LinearMap | SymmetricOperator, rows: int) -> Tensor:
     return torch.ones(rows, 1, dtype=like.dtype, device=like.device)
-
-
-def _relative_residual(result: EigenResult) -> float:
-    norm = float(result.values.abs().max())
-    return float(result.residuals.max()) / norm if norm > 0 else float(result.residuals.max())
-
-
-def _fault(result: Any, operator: SymmetricOperator, rank: int) -> str:
-    """What is wrong with a solver's answer; empty where nothing is."""
-    if not isinstance(result, EigenResult):
-        return f"it returned {type(result).__name__}, not an EigenResult"
-    batch = operator.batch_shape
-    if result.values.shape != (*batch, rank) or result.vectors.shape != (*batch, operator.size, rank):
-        return f"values {tuple(result.values.shape)} and vectors {tuple(result.vectors.shape)} for rank {rank}"
-    for name, shape in {"residuals": (*batch, rank), "converged": tuple(batch), "next_value": tuple(batch)}.items():
-        if tuple(getattr(result, name).shape) != shape:
-            return f"{name} of shape {tuple(getattr(result, name).shape)}, not {shape}"
-    if result.vectors.dtype != operator.dtype or result.vectors.device != operator.device:
-        return f"vectors in {result.vectors.dtype} on {result.vectors.device}, the operator in {operator.dtype}"
-    tensors: tuple[Tensor, ...] = (result.values, result.vectors, result.residuals)
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        return "NaN or Inf in values, vectors or residuals"
-    gram = result.vectors.mT @ result.vectors
-    if float((gram - torch.eye(rank, dtype=gram.dtype, device=gram.device)).abs().max()) > ORTHONORMAL:
-        return "vectors are not orthonormal"
-    return ""

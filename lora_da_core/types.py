@@ -101,6 +101,7 @@ class EigenResult:
         converged: (…), bool, one per matrix.
         applies: Number of block products with the operator.
         next_value: (…), the Ritz estimate of the eigenvalue after the last (an upper bound), NaN where unknown.
+        remedies: What had to be done beyond the method itself, in order; empty where nothing had to.
     """
 
     values: Tensor
@@ -109,6 +110,7 @@ class EigenResult:
     converged: Tensor
     applies: int
     next_value: Tensor
+    remedies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

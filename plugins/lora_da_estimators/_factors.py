@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.errors import DataError, ModelError
+from lora_da_core.factorisations import eigh
 from lora_da_core.operators import Dense, row_major
 from lora_da_core.types import DampingKind, FisherStatistics
 
@@ -269,11 +270,12 @@ def damp_dense(sums: Tensor, count: int, request: FactorRequest) -> DenseFactor:
         damped = matrix.clone()
         damped.diagonal().add_(amount)
         root, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
+        inverse = torch.cholesky_inverse(root) if int(info) == 0 else None
+        if inverse is not None and bool(inverse.isfinite().all()):
             if amount != asked:
                 remedies += (f"{request.label}: not positive definite at damping {asked:.3g}; raised to {amount:.3g}",)
-            return DenseFactor(damped, torch.cholesky_inverse(root), amount, remedies)
-    return _clamp(matrix, asked, amounts[-1], remedies, request.label)
+            return DenseFactor(damped, inverse, amount, remedies)
+    return _clamp(matrix, asked, amounts[-1], remedies, request)
 
 
 def _precision_notice(amount: float, mean_diagonal: float, dtype: torch.dtype, label: str) -> tuple[str, ...]:
@@ -287,9 +289,14 @@ def _precision_notice(amount: float, mean_diagonal: float, dtype: torch.dtype, l
     )
 
 
-def _clamp(matrix: Tensor, asked: float, floor: float, remedies: tuple[str, ...], label: str) -> DenseFactor:
-    values, vectors = torch.linalg.eigh(matrix)
+def _clamp(
+    matrix: Tensor, asked: float, floor: float, remedies: tuple[str, ...], request: FactorRequest
+) -> DenseFactor:
+    label = request.label
+    found = eigh(matrix, f"{label} of layer {request.layer!r}")
+    values, vectors = found.values, found.vectors
     damped = (values + asked).clamp(min=floor)
     low = int((values + asked < floor).sum())
+    remedies += found.remedies
     remedies += (f"{label}: not positive definite at damping {floor:.3g}; {low} eigenvalues were clamped to it",)
     return DenseFactor((vectors * damped) @ vectors.mT, (vectors / damped) @ vectors.mT, asked, remedies)

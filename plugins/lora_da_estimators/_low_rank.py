@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.errors import OptionError
+from lora_da_core.factorisations import eigh
 from lora_da_core.interfaces import LayerFisher
 from lora_da_core.operators import SymmetricOperator
 from lora_da_core.types import DampingKind, FisherStatistics
@@ -29,6 +30,7 @@ class Spectrum:
         energies: ‖E_i‖², (m,), float64.
         trace: Trace of the Fisher this stands for, which is what relative damping refers to.
         dtype: Dtype of the sums it comes from.
+        remedies: What had to be done to find it.
     """
 
     directions: Directions
@@ -36,6 +38,7 @@ class Spectrum:
     energies: Tensor
     trace: float
     dtype: torch.dtype
+    remedies: tuple[str, ...] = ()
 
     def precision_notice(self, shift: float) -> tuple[str, ...]:
         """What to tell where rounding of the gradient, which J⁻¹ multiplies by 1/λ, is no longer small."""
@@ -58,7 +61,7 @@ class LowRankFisher(LayerFisher):
         self.shape = shape
         self.damping = damping
         self.shift = sum(damping.values())
-        self.remedies = spectrum.precision_notice(self.shift)
+        self.remedies = spectrum.remedies + spectrum.precision_notice(self.shift)
         self.weights = spectrum.mixing @ spectrum.mixing.mT
         self.kernel = (spectrum.mixing / (self.shift + spectrum.energies)) @ spectrum.mixing.mT
 
@@ -107,19 +110,20 @@ class LowRankInverseTrace(SymmetricOperator):
         return 0.5 * (dense + dense.mT)
 
 
-def orthogonalised(gram: Tensor, keep: int | None = None) -> tuple[Tensor, Tensor]:
+def orthogonalised(gram: Tensor, what: str, keep: int | None = None) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """What makes a set of matrices orthogonal.
 
     Args:
         gram: (k, k), their inner products, float64.
+        what: What they are, for messages.
         keep: How many of the strongest combinations to keep; None keeps all.
 
     Returns:
-        mixing (k, m) and energies (m,) ≥ 0, descending.
+        mixing (k, m), energies (m,) ≥ 0, descending, and what had to be done to find them.
     """
-    energies, vectors = torch.linalg.eigh(0.5 * (gram + gram.mT))
-    energies, vectors = energies.flip(0).clamp(min=0), vectors.flip(1)
-    return vectors[:, :keep], energies[:keep]
+    found = eigh(0.5 * (gram + gram.mT), what)
+    energies, vectors = found.values.flip(0).clamp(min=0), found.vectors.flip(1)
+    return vectors[:, :keep], energies[:keep], found.remedies
 
 
 def empirical_spectrum(statistics: FisherStatistics, request: FactorRequest, keep: int | None) -> Spectrum:
@@ -127,9 +131,9 @@ def empirical_spectrum(statistics: FisherStatistics, request: FactorRequest, kee
     directions = stored_directions(statistics.layer)
     gram = directions.gram() / statistics.samples
     request.check(gram)
-    mixing, energies = orthogonalised(gram, keep)
+    mixing, energies, remedies = orthogonalised(gram, f"{request.label}'s Gram matrix on layer {request.layer!r}", keep)
     dtype = statistics.layer["rows"].dtype
-    return Spectrum(directions, mixing / statistics.samples**0.5, energies, float(gram.trace()), dtype)
+    return Spectrum(directions, mixing / statistics.samples**0.5, energies, float(gram.trace()), dtype, remedies)
 
 
 def damped(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
+from lora_da_core.factorisations import eigh
 from lora_da_core.interfaces import Accumulator, FisherEstimator, LayerFisher, NoOptions
 from lora_da_core.operators import SymmetricOperator
 from lora_da_core.types import DampingKind, FisherScale, FisherStatistics, LayerSpec
@@ -204,7 +205,7 @@ def _input_basis(merged: FisherStatistics) -> Tensor:
 def _eigenvectors(total: Tensor, layer: str, label: str) -> Tensor:
     require_finite(total, layer, label)
     matrix = total.double()
-    vectors: Tensor = torch.linalg.eigh(0.5 * (matrix + matrix.mT)).eigenvectors
+    vectors = eigh(0.5 * (matrix + matrix.mT), f"{label} of layer {layer!r}").vectors
     return vectors.to(total.dtype).contiguous()
 
 

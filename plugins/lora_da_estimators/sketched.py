@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
+from lora_da_core.factorisations import eigh
 from lora_da_core.interfaces import Accumulator, FisherEstimator
 from lora_da_core.types import DampingKind, FisherScale, FisherStatistics, LayerSpec
 from lora_da_estimators._directions import RowDirections
@@ -106,7 +107,7 @@ class FrequentDirections(Accumulator):
         held = self.buffer[: self.filled]
         gram = RowDirections(held).gram()
         require_finite(gram, self.layer, "the sketch of its gradients")
-        mixing, energies = orthogonalised(gram)
+        mixing, energies, _ = orthogonalised(gram, "the sketch's Gram matrix")
         lost = energies[self.size]
         kept = energies[: self.size]
         # A direction weaker than rounding has no direction; its row becomes zero.
@@ -197,9 +198,9 @@ class Sketched(FisherEstimator[SketchedOptions]):
     def _frequent_directions(self, statistics: FisherStatistics) -> Spectrum:
         rows, samples = RowDirections(statistics.layer["rows"]), statistics.samples
         require_finite(rows.rows, statistics.spec.name, "the sketch of its gradients")
-        mixing, energies = orthogonalised(rows.gram() / samples)
+        mixing, energies, remedies = orthogonalised(rows.gram() / samples, "the sketch's Gram matrix")
         trace = float(statistics.layer[TRACE]) / samples
-        return Spectrum(rows, mixing / samples**0.5, energies, trace, rows.rows.dtype)
+        return Spectrum(rows, mixing / samples**0.5, energies, trace, rows.rows.dtype, remedies)
 
     def _nystrom(self, statistics: FisherStatistics) -> Spectrum:
         """J ≈ P C⁺ Pᵀ with P = JΩ and C = ΩᵀP; directions of C that are rounding noise are left out."""
@@ -207,13 +208,15 @@ class Sketched(FisherEstimator[SketchedOptions]):
         require_finite(products.rows, statistics.spec.name, "the sketch of its gradients")
         left, right = (vectors.to(products.device) for vectors in probe_vectors(statistics.spec, self.options))
         core = torch.einsum("oj,loj->jl", left, products.times(right)) / samples
-        values, vectors = torch.linalg.eigh(0.5 * (core + core.mT))
+        found = eigh(0.5 * (core + core.mT), "the sketch's core")
+        values, vectors = found.values, found.vectors
         least = len(values) * torch.finfo(products.rows.dtype).eps * float(values[-1].clamp(min=0))
         strong = values > least
         roots = vectors[:, strong] / values[strong].sqrt() / samples
-        mixing, energies = orthogonalised(roots.mT @ products.gram() @ roots)
+        mixing, energies, remedies = orthogonalised(roots.mT @ products.gram() @ roots, "the sketch's Gram matrix")
         trace = float(statistics.layer[TRACE]) / samples
-        return Spectrum(products, roots @ mixing, energies, trace, products.rows.dtype)
+        remedies = found.remedies + remedies
+        return Spectrum(products, roots @ mixing, energies, trace, products.rows.dtype, remedies)
 
 
 @hookimpl

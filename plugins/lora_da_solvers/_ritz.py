@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_da_core.errors import ConvergenceError, OptionError
+from lora_da_core.errors import OptionError
+from lora_da_core.factorisations import eigh
 from lora_da_core.operators import Dense, SymmetricOperator
 from lora_da_core.types import EigenResult
 
@@ -109,25 +111,23 @@ def assemble(
 
 
 def dense_smallest(operator: SymmetricOperator, rank: int, *, applies: int = 0) -> EigenResult:
-    """The answer by float64 `eigh` of the formed matrix.
+    """The answer by float64 `eigh` of the formed matrix, by whatever way it is found.
 
     Args:
         operator: The operator; its matrix is formed.
         rank: How many eigenpairs.
         applies: Block products already made; forming the matrix counts as one.
 
+    Returns:
+        The answer; `remedies` says where LAPACK or cuSOLVER failed.
+
     Raises:
         ConvergenceError: Where the matrix holds NaN or infinity.
     """
-    dense = operator.to_dense().double()
-    if not bool(torch.isfinite(dense).all()):
-        raise ConvergenceError(
-            f"the operator of order {operator.size} holds NaN or infinity, so it has no eigenvectors; "
-            "check the gradients and the damping of the Fisher it was made from."
-        )
-    values, vectors = torch.linalg.eigh(dense)
+    found = eigh(operator.to_dense(), f"the operator of order {operator.size}")
+    values, vectors = found.values, found.vectors
     unknown = values.new_full(values.shape[:-1], torch.nan)
-    return finish(
+    answer = finish(
         operator,
         values[..., :rank],
         vectors[..., :rank],
@@ -136,6 +136,7 @@ def dense_smallest(operator: SymmetricOperator, rank: int, *, applies: int = 0) 
         applies=applies + 1,
         next_value=values[..., rank] if rank < operator.size else unknown,
     )
+    return replace(answer, remedies=found.remedies)
 
 
 class _Selected(SymmetricOperator):
@@ -197,4 +198,5 @@ def each_of_batch(operator: SymmetricOperator, solve: Callable[[SymmetricOperato
         converged=stacked([result.converged for result in results]),
         applies=sum(result.applies for result in results),
         next_value=stacked([result.next_value for result in results]),
+        remedies=tuple(remedy for result in results for remedy in result.remedies),
     )

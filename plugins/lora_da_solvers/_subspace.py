@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.errors import ConvergenceError
+from lora_da_core.factorisations import eigh
 from lora_da_core.operators import SymmetricOperator
 from lora_da_solvers._ritz import residual_norms
 
@@ -160,7 +161,8 @@ class Subspace:
                     f"a product with the operator of order {self.operator.size} holds NaN or infinity; "
                     "check the gradients and the damping of the Fisher it was made from."
                 )
-            values, coefficients = torch.linalg.eigh(0.5 * (projected + projected.mT))
+            ritz = eigh(0.5 * (projected + projected.mT), "the Ritz matrix")
+            values, coefficients = ritz.values, ritz.vectors
             self.norm = torch.maximum(self.norm, values.abs().amax(-1))
             self._pairs = RitzPairs(values, coefficients.to(self.operator.device, self.operator.dtype))
         return self._pairs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
+from lora_da_core.factorisations import eigh
 from lora_da_core.interfaces import Solver
 from lora_da_core.operators import SymmetricOperator
 from lora_da_core.types import EigenResult
@@ -220,8 +221,8 @@ class _Run:
         products = self.operator.matmat(vectors)
         space.applies += 1
         projected = (vectors.mT @ products).to("cpu", torch.float64)
-        values, rotation = torch.linalg.eigh(0.5 * (projected + projected.mT))
-        rotation = rotation.to(vectors.device, vectors.dtype)
+        ritz = eigh(0.5 * (projected + projected.mT), "the Ritz matrix")
+        values, rotation = ritz.values, ritz.vectors.to(vectors.device, vectors.dtype)
         vectors, products = vectors @ rotation, products @ rotation
         residuals = residual_norms(products, vectors, values.to(vectors.device)).cpu()
         return _Candidate(vectors, products, values, residuals)

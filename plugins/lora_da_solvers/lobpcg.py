@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core import hookimpl
+from lora_da_core.factorisations import eigh
 from lora_da_core.interfaces import Solver
 from lora_da_core.operators import Dense, SymmetricOperator
 from lora_da_core.types import EigenResult
@@ -67,7 +68,8 @@ class LOBPCG(Solver[LOBPCGOptions]):
         norm, norm_applies = estimated_norm(scaled, generator)
         vectors, steps = self._iterate(scaled.matrix, orthonormal(start))
         projected = vectors.mT @ scaled.matmat(vectors)
-        values, rotation = torch.linalg.eigh(0.5 * (projected + projected.mT))
+        ritz = eigh(0.5 * (projected + projected.mT), "the Ritz matrix")
+        values, rotation = ritz.values, ritz.vectors
         return finish(
             operator,
             values * largest,
