@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,9 +81,7 @@ class StatisticsCache:
         """
         entry = self._directory / identity.key
         with self._locked(entry):
-            # Whoever left these was killed: the lock is ours.
-            for left_over in self._directory.glob(f"{storage.workspace_prefix(entry)}*"):
-                shutil.rmtree(left_over, ignore_errors=True)
+            storage.settle_leftovers(entry)
             found = self._read(entry, identity, task, batches)
             if found is None:
                 self._tell_nearest(identity)

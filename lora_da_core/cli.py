@@ -10,7 +10,6 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,22 +18,17 @@ import typer
 from typer.core import TyperGroup
 
 from lora_da_core.ablation.command import AblateOptions, ablate
-from lora_da_core.cli_options import InitOptions, command_of, module_names
+from lora_da_core.cli_init import PICTURE_FILE, console, init, show
+from lora_da_core.cli_options import InitOptions, command_of
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.errors import LoraDAError, OptionError, StorageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor
 
     from lora_da_core.models import LoadedModel
-    from lora_da_core.pipeline import Pipeline
-    from lora_da_core.types import RunReport
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-MANY_LAYERS = 40
-"""From here on `init` shows one line per kind of module instead of one per layer."""
-PICTURE_FILE = "spectra.png"
 LONGEST_SURPRISE = 500
 """Characters that are shown of an error that nobody foresaw."""
 PROBE_TOKENS = 16
@@ -128,109 +122,7 @@ def _root(
 # init
 
 
-def _init(options: InitOptions) -> None:
-    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
-    from lora_da_core import adapter, data, models, storage
-    from lora_da_core.memory import parse_size
-    from lora_da_core.progress import note, shown_progress
-    from lora_da_core.report import plot_spectra
-    from lora_da_core.sizing import SEARCH_SAMPLES
-
-    try:
-        storage.check_output(options.output, overwrite=options.overwrite)
-        if options.cache_dir is not None:
-            storage.check_writable(options.cache_dir)
-    except StorageError as error:
-        raise OptionError(str(error)) from error
-    if options.max_memory is not None:
-        parse_size(options.max_memory)
-        if options.cache_dir is not None or options.layers_per_pass is not None:
-            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
-    pipeline = _pipeline(options)
-    if pipeline.config.offset != "none":
-        raise OptionError(
-            f"offset={pipeline.config.offset!r} cannot be saved as one adapter that stock PEFT reloads to the same "
-            "function; leave it at 'none', or use get_lora_da_model and save the base or the second adapter with it."
-        )
-    text = data.TextOptions(
-        prompt_template=options.prompt_template,
-        max_length=options.max_length,
-        samples=options.samples,
-        seed=options.seed,
-        beyond=SEARCH_SAMPLES,
-    )
-    if options.batch_size is not None and options.batch_size < 1:
-        raise OptionError(f"batch_size is {options.batch_size}; it must be at least 1.")
-    lora = adapter.lora_config(
-        rank=options.rank,
-        lora_alpha=options.lora_alpha,
-        use_rslora=options.use_rslora,
-        target_modules=module_names(options.target_modules),
-        exclude_modules=None if options.exclude_modules is None else module_names(options.exclude_modules),
-        task_type="CAUSAL_LM",
-        base_model_name=options.model,
-    )
-
-    log = _console(stderr=True)
-    rows = data.load_rows(options.data, split=options.split)
-    loaded = models.load_model(
-        options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
-    )
-    samples = data.encode_text(rows, loaded.tokenizer, text, model_limit=loaded.max_positions)
-    notes = [*loaded.notes, *samples.notes]
-    if options.population is None:
-        pipeline.config = replace(pipeline.config, population=samples.population)
-        notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
-    for sentence in notes:
-        note(log, sentence)
-    pipeline.config = replace(pipeline.config, samples=len(samples.samples))
-    batches = [
-        batch
-        for part in (samples.samples, samples.unseen)
-        for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
-    ]
-    with shown_progress(log) as on_progress:
-        result = pipeline.run(
-            loaded.model,
-            batches,
-            lora,
-            on_progress=on_progress,
-            cache_dir=options.cache_dir,
-            max_memory=options.max_memory,
-        )
-    report = replace(result.report, notes=(*notes, *result.report.notes))
-    fitted = adapter.allocated_config(lora, result.report.allocation)
-    peft_model = adapter.apply(loaded.model, fitted, result.factors)
-    storage.save_run(
-        options.output,
-        # The base's embeddings are not the adapter's to save, and asking whether they changed asks the hub.
-        lambda directory: peft_model.save_pretrained(directory, save_embedding_layers=False),
-        report,
-        settings=options.recorded(),
-        overwrite=options.overwrite,
-    )
-    if options.plot:
-        plot_spectra(report, options.output / PICTURE_FILE)
-    _show(report, brief=len(report.layers) >= MANY_LAYERS)
-    typer.echo(f"saved to {options.output}")
-
-
-def _pipeline(options: InitOptions) -> Pipeline:
-    from lora_da_core.pipeline import build_pipeline
-    from lora_da_core.registry import Registry
-
-    preset = Registry().resolve("preset", options.preset)
-    return build_pipeline(
-        estimator=options.component("estimator", preset),
-        gradient=options.component("gradient", preset),
-        solver=options.component("solver", preset),
-        allocator=options.component("allocator", preset),
-        preset=options.preset,
-        config=options.lora_da_config(preset),
-    )
-
-
-app.command("init")(command_of(InitOptions, _init))
+app.command("init")(command_of(InitOptions, init))
 
 
 # plan
@@ -263,7 +155,7 @@ def _inspect(
     if as_json:
         typer.echo(json.dumps(storage.report_to_json(report), indent=1, ensure_ascii=False))
     else:
-        _show(report)
+        show(report)
         for sentence in report.notes:
             typer.echo(f"note: {sentence}")
     if plot is not None or not as_json:
@@ -352,7 +244,7 @@ def _plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON 
     if as_json:
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
     else:
-        _console().print(plugin_table(records))
+        console().print(plugin_table(records))
 
 
 # ablate
@@ -362,23 +254,6 @@ app.command("ablate")(command_of(AblateOptions, ablate))
 
 
 # What they share
-
-
-def _show(report: RunReport, *, brief: bool = False) -> None:
-    from lora_da_core.report import WIDE, group_table, layer_table, totals
-
-    console = _console()
-    console.print(group_table(report) if brief else layer_table(report, wide=console.width >= WIDE))
-    console.print()
-    console.print(totals(report))
-    if brief:
-        console.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 def _unexpected(error: Exception) -> str:

@@ -32,7 +32,7 @@ OptionsT = TypeVar("OptionsT")
 
 _DEFAULTS = LoraDAConfig()
 _SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig))
-_NOT_RECORDED = frozenset({"config", "overwrite", "plot"})
+_NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume"})
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -87,6 +87,15 @@ class InitOptions:
         ),
     ] = None
     overwrite: Annotated[bool, _option(_IO, "Replace an earlier run in the output directory.", "--overwrite")] = False
+    resume: Annotated[
+        bool,
+        _option(
+            _IO,
+            "Go on where an earlier run of the same options was ended; statistics are kept beside the output until "
+            "the adapter is written, or in --cache-dir. A complete run is left as it is.",
+            "--resume",
+        ),
+    ] = False
     cache_dir: Annotated[
         Path | None,
         _option(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,11 @@ from lora_da_core.types import LayerReport, RunReport
 
 REPORT_FILE = "lora_da_report.json"
 SETTINGS_FILE = "lora_da_config.json"
+
+_SUFFIX = ".partial"
+"""How the names of temporary siblings end."""
+_NEW, _OLD = "new", "old"
+"""What a temporary sibling holds: the directory that is being written, and the one that it replaces."""
 
 
 def check_output(directory: Path, *, overwrite: bool) -> None:
@@ -33,6 +41,7 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
         StorageError: It is a file, holds something that is not an earlier run, or may not be replaced.
     """
     check_writable(directory)
+    settle_leftovers(directory)
     if directory.exists() and any(directory.iterdir()):
         if not overwrite:
             raise StorageError(f"{directory} exists and is not empty; give another directory, or --overwrite.")
@@ -83,25 +92,80 @@ def replace_directory(directory: Path, fill: Callable[[Path], None]) -> None:
     """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        workspace = Path(tempfile.mkdtemp(prefix=workspace_prefix(directory), dir=directory.parent))
-    except OSError as error:
-        raise StorageError(f"{directory} cannot be written: {error}") from error
-    try:
-        fresh, old = workspace / "new", workspace / "old"
-        fresh.mkdir()
-        fill(fresh)
-        _make_durable(fresh, mode=_usual_mode(workspace))
-        _exchange(fresh, directory, old)
-        _flush(directory.parent)
+        with _workspace(directory) as workspace:
+            fresh, old = workspace / _NEW, workspace / _OLD
+            fresh.mkdir()
+            fill(fresh)
+            _make_durable(fresh, mode=_usual_mode(workspace))
+            _exchange(fresh, directory, old)
+            _flush(directory.parent)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{directory} cannot be written: {error}") from error
+
+
+def settle_leftovers(directory: Path) -> None:
+    """Ends what a killed process began on a directory: a replacement that was complete is made, anything else removed.
+
+    Whether a temporary sibling is in use is told by its lock, which ends with the process that holds it.
+
+    Args:
+        directory: What was to be replaced.
+
+    Raises:
+        StorageError: Something cannot be renamed.
+    """
+    directory = directory.absolute()
+    for workspace in directory.parent.glob(f".{glob.escape(directory.name)}.*{_SUFFIX}"):
+        random_part = workspace.name.removeprefix(f".{directory.name}.").removesuffix(_SUFFIX)
+        # Another directory's, whose name begins as this one's does, has a dot there.
+        if "." in random_part or not workspace.is_dir():
+            continue
+        with _locked(workspace, wait=False) as ours:
+            if not ours:
+                continue
+            try:
+                # Between the two renames of `_exchange`: what is new was flushed before.
+                if (workspace / _OLD).exists() and not directory.exists():
+                    (workspace / _NEW).rename(directory)
+                    _flush(directory.parent)
+            except OSError as error:
+                raise StorageError(f"{directory} cannot be restored from {workspace}: {error}") from error
+            shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _workspace(directory: Path) -> Iterator[Path]:
+    """A temporary sibling, locked while it is in use and removed afterwards."""
+    while True:
+        workspace = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=_SUFFIX, dir=directory.parent))
+        with _locked(workspace, wait=True) as ours:
+            if not ours:  # somebody took it for a leftover before it was locked
+                continue
+            try:
+                yield workspace
+            finally:
+                shutil.rmtree(workspace, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def _locked(workspace: Path, *, wait: bool) -> Iterator[bool]:
+    """A lock on a directory, which ends with the process; False where another has it or the directory is gone."""
+    try:
+        descriptor = os.open(workspace, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = os.path.exists(workspace)
+        except OSError:
+            # Some file systems know no locks: then nobody can tell, and leftovers stay.
+            held = wait
+        yield held
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-
-
-def workspace_prefix(directory: Path) -> str:
-    """How the names of the temporary siblings start that `replace_directory` makes of a directory."""
-    return f".{directory.name}."
+        os.close(descriptor)
 
 
 def _usual_mode(workspace: Path) -> int:

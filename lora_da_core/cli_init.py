@@ -1,0 +1,283 @@
+"""`lora-da init`: from its options to a saved adapter, also where an earlier run of the same options was ended."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lora_da_core.cli_options import InitOptions, module_names
+from lora_da_core.errors import OptionError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import LoraConfig
+    from rich.console import Console
+
+    from lora_da_core.data import TextOptions
+    from lora_da_core.models import LoadedModel
+    from lora_da_core.pipeline import Pipeline
+    from lora_da_core.types import Batch, RunReport
+
+MANY_LAYERS = 40
+"""From here on `init` shows one line per kind of module instead of one per layer."""
+PICTURE_FILE = "spectra.png"
+_ELSEWHERE = frozenset({"cache-dir"})
+"""Recorded options that change nothing of what is computed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run of `init` is asked for, checked; nothing is loaded yet."""
+
+    options: InitOptions
+    pipeline: Pipeline
+    text: TextOptions
+    lora: LoraConfig
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What a run of `init` gives to its pipeline."""
+
+    pipeline: Pipeline
+    loaded: LoadedModel
+    batches: list[Batch]
+    lora: LoraConfig
+    notes: tuple[str, ...]
+
+
+def init(options: InitOptions) -> None:
+    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
+    from lora_da_core import adapter, storage
+    from lora_da_core.progress import note, shown_progress
+    from lora_da_core.report import plot_spectra
+
+    _check_places(options)
+    request = requested(options)
+    statistics = kept_statistics(options, request.pipeline)
+    if options.resume and options.output.exists() and any(options.output.iterdir()):
+        report = finished_run(options)
+    else:
+        log = console(stderr=True)
+        parts = assembled(request)
+        for sentence in parts.notes:
+            note(log, sentence)
+        with shown_progress(log) as on_progress:
+            result = parts.pipeline.run(
+                parts.loaded.model,
+                parts.batches,
+                parts.lora,
+                on_progress=on_progress,
+                cache_dir=statistics,
+                max_memory=options.max_memory,
+            )
+        report = replace(result.report, notes=(*parts.notes, *result.report.notes))
+        fitted = adapter.allocated_config(parts.lora, result.report.allocation)
+        peft_model = adapter.apply(parts.loaded.model, fitted, result.factors)
+        storage.save_run(
+            options.output,
+            # The base's embeddings are not the adapter's to save, and asking whether they changed asks the hub.
+            lambda directory: peft_model.save_pretrained(directory, save_embedding_layers=False),
+            report,
+            settings=options.recorded(),
+            overwrite=options.overwrite,
+        )
+    if options.resume and statistics is not None and options.cache_dir is None:
+        shutil.rmtree(statistics, ignore_errors=True)
+    if options.plot:
+        plot_spectra(report, options.output / PICTURE_FILE)
+    show(report, brief=len(report.layers) >= MANY_LAYERS)
+    typer.echo(f"saved to {options.output}")
+
+
+def requested(options: InitOptions) -> Request:
+    """Checks everything that can be checked before anything is loaded.
+
+    Args:
+        options: The command's.
+
+    Returns:
+        What is to be run.
+
+    Raises:
+        OptionError: An option is wrong, or two do not go together.
+    """
+    from lora_da_core import adapter, data
+    from lora_da_core.memory import parse_size
+    from lora_da_core.pipeline import build_pipeline
+    from lora_da_core.registry import Registry
+    from lora_da_core.sizing import SEARCH_SAMPLES
+
+    if options.max_memory is not None:
+        parse_size(options.max_memory)
+        if options.cache_dir is not None or options.layers_per_pass is not None:
+            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
+    preset = Registry().resolve("preset", options.preset)
+    pipeline = build_pipeline(
+        estimator=options.component("estimator", preset),
+        gradient=options.component("gradient", preset),
+        solver=options.component("solver", preset),
+        allocator=options.component("allocator", preset),
+        preset=options.preset,
+        config=options.lora_da_config(preset),
+    )
+    if pipeline.config.offset != "none":
+        raise OptionError(
+            f"offset={pipeline.config.offset!r} cannot be saved as one adapter that stock PEFT reloads to the same "
+            "function; leave it at 'none', or use get_lora_da_model and save the base or the second adapter with it."
+        )
+    text = data.TextOptions(
+        prompt_template=options.prompt_template,
+        max_length=options.max_length,
+        samples=options.samples,
+        seed=options.seed,
+        beyond=SEARCH_SAMPLES,
+    )
+    if options.batch_size is not None and options.batch_size < 1:
+        raise OptionError(f"batch_size is {options.batch_size}; it must be at least 1.")
+    lora = adapter.lora_config(
+        rank=options.rank,
+        lora_alpha=options.lora_alpha,
+        use_rslora=options.use_rslora,
+        target_modules=module_names(options.target_modules),
+        exclude_modules=None if options.exclude_modules is None else module_names(options.exclude_modules),
+        task_type="CAUSAL_LM",
+        base_model_name=options.model,
+    )
+    return Request(options, pipeline, text, lora)
+
+
+def assembled(request: Request) -> Assembled:
+    """Loads data and model and draws the samples.
+
+    Args:
+        request: From `requested`.
+
+    Returns:
+        What the pipeline is given.
+
+    Raises:
+        LoraDAError: The data or the model cannot be loaded.
+    """
+    from lora_da_core import data, models
+
+    options, pipeline = request.options, request.pipeline
+    rows = data.load_rows(options.data, split=options.split)
+    loaded = models.load_model(
+        options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    samples = data.encode_text(rows, loaded.tokenizer, request.text, model_limit=loaded.max_positions)
+    notes = [*loaded.notes, *samples.notes]
+    if options.population is None:
+        pipeline.config = replace(pipeline.config, population=samples.population)
+        notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
+    pipeline.config = replace(pipeline.config, samples=len(samples.samples))
+    batches: list[Batch] = [
+        batch
+        for part in (samples.samples, samples.unseen)
+        for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
+    ]
+    return Assembled(pipeline, loaded, batches, request.lora, tuple(notes))
+
+
+# Going on
+
+
+def _check_places(options: InitOptions) -> None:
+    from lora_da_core import storage
+
+    if options.resume and options.overwrite:
+        raise OptionError("--resume keeps what is there and --overwrite replaces it; leave out one of them.")
+    try:
+        if options.resume:
+            storage.check_writable(options.output)
+            storage.settle_leftovers(options.output)
+        else:
+            storage.check_output(options.output, overwrite=options.overwrite)
+        if options.cache_dir is not None:
+            storage.check_writable(options.cache_dir)
+    except StorageError as error:
+        raise OptionError(str(error)) from error
+
+
+def kept_statistics(options: InitOptions, pipeline: Pipeline) -> Path | None:
+    """Where a run keeps its statistics.
+
+    Args:
+        options: The command's.
+        pipeline: What is run.
+
+    Returns:
+        The cache; with `--resume` alone a hidden sibling of the output, unless layers are freed part by part.
+    """
+    if options.cache_dir is not None or not options.resume:
+        return options.cache_dir
+    if options.max_memory is not None or pipeline.config.layers_per_pass != "auto":
+        return None
+    output = options.output.absolute()
+    return output.with_name(f".{output.name}.statistics")
+
+
+def finished_run(options: InitOptions) -> RunReport:
+    """The report of the run that the output directory holds, if it is this one.
+
+    Args:
+        options: The command's.
+
+    Returns:
+        Its report.
+
+    Raises:
+        OptionError: The directory holds something else, or a run of other options.
+    """
+    from lora_da_core import storage
+
+    try:
+        report, recorded = storage.read_report(options.output), storage.read_settings(options.output)
+    except StorageError as error:
+        raise OptionError(f"--resume finds no run of lora-da in {options.output}: {error}") from error
+    names = _differing(recorded, options.recorded())
+    if names:
+        raise OptionError(
+            f"{options.output} holds a run with another {', '.join(names)}; give another directory, or --overwrite "
+            "instead of --resume."
+        )
+    typer.echo("the run is complete already", err=True)
+    return report
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    names = sorted({*first, *second} - _ELSEWHERE)
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
+# What is shown
+
+
+def show(report: RunReport, *, brief: bool = False) -> None:
+    """Prints a report as a table.
+
+    Args:
+        report: The report.
+        brief: One line per kind of module instead of one per layer.
+    """
+    from lora_da_core.report import WIDE, group_table, layer_table, totals
+
+    out = console()
+    out.print(group_table(report) if brief else layer_table(report, wide=out.width >= WIDE))
+    out.print()
+    out.print(totals(report))
+    if brief:
+        out.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that adds no highlights of its own."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)

@@ -1,0 +1,308 @@
+"""Runs that are killed at random points: what they leave is nothing or whole, and going on gives the same bytes.
+
+`pytest -m nightly tests/test_crashes.py` kills at many more points than the rest of the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_da_core import storage
+from lora_da_core.cli import app
+
+OURS = ("lora_da_core", "lora_da_estimators", "lora_da_gradients", "lora_da_objectives", "lora_da_solvers")
+MARKS = {"collect": "statistics", "prepare": "solve", "search": "scale", "save_run": "write", "append": "write"}
+"""Functions whose first call begins a phase; once something is written, every call of any code is counted."""
+PLACES = ("before", "statistics", "solve", "scale", "write")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class Clock:
+    """Counts calls of functions of this project, and kills the process at one of them."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.stop, self.calls, self.place = stop, 0, "before"
+        self.spans: dict[str, list[int]] = {"before": [0, 0]}
+        self._ours: dict[str, bool] = {}
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        name = frame.f_code.co_filename
+        if name not in self._ours:
+            self._ours[name] = any(f"/{part}/" in name for part in OURS)
+        if not self._ours[name] and self.place != "write":
+            return
+        place = MARKS.get(frame.f_code.co_name) if self._ours[name] else None
+        if place is not None and place not in self.spans:
+            self.place = place
+            self.spans[place] = [self.calls, self.calls]
+        self.calls += 1
+        self.spans[self.place][1] = self.calls
+        if self.calls == self.stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def counted(work: Callable[..., None], arguments: tuple[Any, ...], stop: int | None, spans: Any) -> None:
+    """In a process of its own: the work, and where its phases were."""
+    logging.disable()
+    clock = Clock(stop)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        sys.setprofile(clock)
+        try:
+            work(*arguments)
+        finally:
+            sys.setprofile(None)
+    if spans is not None:
+        spans.put(clock.spans)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_da_core.adapter", "transformers", "datasets", "test_crashes"])
+    return context
+
+
+def run(
+    processes: Any, work: Callable[..., None], *arguments: Any, stop: int | None = None, after: float | None = None
+) -> int:
+    """The exit code."""
+    process = processes.Process(target=counted, args=(work, arguments, stop, None))
+    process.start()
+    if after is not None:
+        time.sleep(after)
+        process.kill()
+    process.join(timeout=300)
+    assert process.exitcode is not None
+    return int(process.exitcode)
+
+
+def measured(processes: Any, work: Callable[..., None], *arguments: Any) -> tuple[dict[str, list[int]], float]:
+    """The phases of an undisturbed run as counts of calls, and its wall time, the start of the process included."""
+    spans, start = processes.Queue(), time.perf_counter()
+    process = processes.Process(target=counted, args=(work, arguments, None, spans))
+    process.start()
+    found = spans.get(timeout=300)
+    process.join(timeout=300)
+    assert process.exitcode == 0
+    return found, time.perf_counter() - start
+
+
+def points(spans: dict[str, list[int]], each: dict[str, int], seed: int) -> list[int]:
+    """So many random calls of each phase."""
+    draw = random.Random(seed)
+    return [draw.randint(spans[place][0] + 1, spans[place][1]) for place, count in each.items() for _ in range(count)]
+
+
+def hidden(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.name.startswith("."))
+
+
+# init
+
+
+def init(world: Path, output: Path, *more: str) -> None:
+    os.chdir(world)
+    arguments = [
+        "init",
+        "--model",
+        "model",
+        "--data",
+        "data.jsonl",
+        "--samples",
+        "12",
+        "--rank",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    outcome = CliRunner().invoke(app, [*arguments, "--output", str(output), *more])
+    if outcome.exit_code:
+        raise SystemExit(outcome.exit_code)
+
+
+def adapter_bytes(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in ADAPTER}
+
+
+def check_init(
+    processes: Any, world: Path, root: Path, each: dict[str, int], delays: int, seed: int
+) -> tuple[int, int]:
+    """Kills runs, and goes on with them; how many were killed, and how many of those had written their adapter."""
+    undisturbed = root / "undisturbed" / "run"
+    undisturbed.parent.mkdir()
+    spans, seconds = measured(processes, init, world, undisturbed, "--resume")
+    assert set(spans) == set(PLACES) and hidden(undisturbed.parent) == []
+    expected = adapter_bytes(undisturbed)
+    verified = CliRunner().invoke(app, ["verify", str(undisturbed), "--model", str(world / "model"), "--device", "cpu"])
+    assert verified.exit_code == 0, verified.output
+    draw = random.Random(seed)
+    stops: list[dict[str, Any]] = [{"stop": stop} for stop in points(spans, each, seed)]
+    stops += [{"after": draw.uniform(0.1, 0.9) * seconds} for _ in range(delays)]
+    killed = whole = 0
+    for number, stop in enumerate(stops):
+        output = root / str(number) / "run"
+        output.parent.mkdir()
+        code = run(processes, init, world, output, "--resume", **stop)
+        assert code in (0, -signal.SIGKILL), (stop, code)
+        killed += code != 0
+        if output.exists():
+            whole += code != 0
+            assert adapter_bytes(output) == expected, stop
+            assert storage.read_report(output).layers and storage.read_settings(output)
+        assert run(processes, init, world, output, "--resume") == 0, stop
+        assert adapter_bytes(output) == expected, stop
+        assert hidden(output.parent) == [] and [path.name for path in output.parent.iterdir()] == ["run"], stop
+    return killed, whole
+
+
+def test_a_killed_init_leaves_nothing_or_everything_and_goes_on(processes: Any, world: Path, tmp_path: Path) -> None:
+    each = {"before": 1, "statistics": 2, "solve": 1, "scale": 1, "write": 2}
+    killed, _ = check_init(processes, world, tmp_path, each, delays=1, seed=0)
+    assert killed >= 7
+
+
+@pytest.mark.nightly
+def test_init_killed_at_many_points(processes: Any, world: Path, tmp_path: Path) -> None:
+    each = {"before": 4, "statistics": 14, "solve": 10, "scale": 10, "write": 14}
+    killed, whole = check_init(processes, world, tmp_path, each, delays=20, seed=1)
+    print(f"killed {killed} runs of init; {whole} of them had written their adapter")
+    assert killed >= 60
+
+
+def replace(world: Path, output: Path) -> None:
+    init(world, output, "--overwrite", "--alpha", "0.5", "--scale", "fixed", "--gamma", "8")
+
+
+def test_an_earlier_run_is_never_lost(processes: Any, world: Path, tmp_path: Path) -> None:
+    """Killed while it replaces: the earlier run is there, or the new one, or comes back with the next command."""
+    first, second = tmp_path / "first" / "run", tmp_path / "second" / "run"
+    for output in (first, second):
+        output.parent.mkdir()
+        assert run(processes, init, world, output) == 0
+    spans, _ = measured(processes, replace, world, second)
+    old, new = adapter_bytes(first), adapter_bytes(second)
+    assert old != new
+    start, end = spans["write"]
+    for number, stop in enumerate(random.Random(2).sample(range(start + 1, end + 1), 4)):
+        output = tmp_path / str(number) / "run"
+        shutil.copytree(first, output)
+        assert run(processes, replace, world, output, stop=stop) == -signal.SIGKILL
+        storage.settle_leftovers(output)
+        assert adapter_bytes(output) in (old, new)
+        assert hidden(output.parent) == []
+
+
+def test_between_the_two_renames_the_new_run_is_completed(tmp_path: Path) -> None:
+    workspace, output = tmp_path / ".run.abcdefgh.partial", tmp_path / "run"
+    for part in ("old", "new"):
+        (workspace / part).mkdir(parents=True)
+        (workspace / part / storage.REPORT_FILE).write_text(part)
+    other = tmp_path / ".run.mine.abcdefgh.partial"
+    other.mkdir()
+    storage.settle_leftovers(output)
+    assert (output / storage.REPORT_FILE).read_text() == "new" and not workspace.exists()
+    assert other.exists(), "of a directory called run.mine"
+
+
+def test_what_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+
+    def fill(fresh: Path) -> None:
+        (fresh / "file").write_text("whole")
+        storage.settle_leftovers(output)
+
+    storage.replace_directory(output, fill)
+    assert (output / "file").read_text() == "whole" and hidden(tmp_path) == []
+
+
+# What --resume does where nothing was killed
+
+
+def invoke(world: Path, output: Path, *more: str) -> Any:
+    arguments = ["init", "--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--device", "cpu"]
+    return CliRunner().invoke(app, [*arguments, "--samples", "12", "--rank", "2", "--output", str(output), *more])
+
+
+def test_resume_leaves_a_complete_run_and_refuses_another(world: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert invoke(world, output, "--resume").exit_code == 0
+    stamp, there = (output / ADAPTER[1]).stat().st_mtime_ns, sorted(output.iterdir())
+    again = invoke(world, output, "--resume")
+    assert again.exit_code == 0 and "the run is complete already" in again.output
+    assert (output / ADAPTER[1]).stat().st_mtime_ns == stamp and sorted(output.iterdir()) == there
+    other = invoke(world, output, "--resume", "--damping", "2")
+    assert other.exit_code == 2 and f"{output} holds a run with another damping" in " ".join(other.output.split())
+    both = invoke(world, output, "--resume", "--overwrite")
+    assert both.exit_code == 2 and "leave out one of them" in both.output
+    (output / storage.REPORT_FILE).unlink()
+    foreign = invoke(world, output, "--resume")
+    assert foreign.exit_code == 2 and "finds no run of lora-da" in foreign.output
+
+
+def test_resume_with_a_cache_of_ones_own_keeps_it(world: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert invoke(world, tmp_path / "run", "--resume", "--cache-dir", str(cache)).exit_code == 0
+    assert [path for path in cache.iterdir() if path.is_dir()]
+    assert invoke(world, tmp_path / "parts", "--resume", "--max-memory", "1GiB").exit_code == 0
+    assert hidden(tmp_path) == []
+
+
+# Cells of a grid
+
+
+def grid(world: Path, output: Path) -> None:
+    from lora_da_core.ablation.runner import run_grid
+
+    run_grid(
+        {
+            "run": {"model": str(world / "model"), "data": str(world / "data.jsonl"), "samples": 12, "device": "cpu"},
+            "grid": {"estimator": ["kfac", "identity"], "rank": [2], "beta": [0.1, 1.0]},
+        },
+        output,
+    )
+
+
+def cells(output: Path) -> dict[str, tuple[str, str]]:
+    lines = (output / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len({record["cell"] for record in records}) == len(records)
+    return {record["cell"]: (record["status"], record["digest"]) for record in records}
+
+
+def check_grid(processes: Any, world: Path, root: Path, each: dict[str, int], seed: int) -> int:
+    spans, _ = measured(processes, grid, world, root / "undisturbed")
+    expected = cells(root / "undisturbed")
+    assert len(expected) == 4 and {status for status, _ in expected.values()} == {"done"}
+    for number, stop in enumerate(points(spans, each, seed)):
+        output = root / str(number)
+        assert run(processes, grid, world, output, stop=stop) == -signal.SIGKILL
+        assert run(processes, grid, world, output) == 0
+        assert cells(output) == expected, stop
+    return sum(each.values())
+
+
+def test_a_killed_grid_goes_on_with_the_same_results(processes: Any, world: Path, tmp_path: Path) -> None:
+    assert check_grid(processes, world, tmp_path, {"statistics": 1, "write": 2}, seed=3) == 3
+
+
+@pytest.mark.nightly
+def test_a_grid_killed_at_many_points(processes: Any, world: Path, tmp_path: Path) -> None:
+    each = {"before": 2, "statistics": 6, "solve": 6, "write": 10}
+    print(f"killed {check_grid(processes, world, tmp_path, each, seed=4)} grids")
