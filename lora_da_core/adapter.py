@@ -16,7 +16,15 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
-from lora_da_core.adapter_factors import PREFIX, as_stored, factor_parameters, fault, lora_layers, saved_keys
+from lora_da_core.adapter_factors import (
+    PREFIX,
+    as_stored,
+    factor_parameters,
+    fault,
+    held_factors,
+    lora_layers,
+    saved_keys,
+)
 from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
     Targets,
@@ -48,6 +56,7 @@ __all__ = [
     "digest",
     "factor_pairs",
     "fingerprint",
+    "held_factors",
     "is_peft_model",
     "lora_config",
     "pair_in",

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -21,18 +21,12 @@ from lora_da_core.ablation.command import AblateOptions, ablate
 from lora_da_core.cli_init import PICTURE_FILE, console, init, show
 from lora_da_core.cli_options import InitOptions, command_of
 from lora_da_core.cli_plan import PlanOptions, plan
-from lora_da_core.errors import LoraDAError, OptionError, StorageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lora_da_core.models import LoadedModel
+from lora_da_core.cli_verify import verify
+from lora_da_core.errors import LoraDAError, OptionError
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 LONGEST_SURPRISE = 500
 """Characters that are shown of an error that nobody foresaw."""
-PROBE_TOKENS = 16
-"""Tokens of the input that `verify` makes up where it is given no data."""
 
 
 class OneLineErrors(TyperGroup):
@@ -167,68 +161,7 @@ def _inspect(
 # verify
 
 
-@app.command("verify")
-def _verify(
-    directory: Directory,
-    model: Annotated[str | None, typer.Option(help="The base model.", show_default="the run's")] = None,
-    data: Annotated[str | None, typer.Option(help="Take the test input from this data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Precision to load the model in.", show_default="the run's")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-) -> None:
-    """Reload an adapter with stock PEFT and check that it is what was computed, on an untouched base."""
-    from lora_da_core import adapter, models, storage
-
-    report = storage.read_report(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        # Without its files PEFT would look for a repository of that name on the hub.
-        if not (directory / name).is_file():
-            raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")
-    source = _recorded(directory, "model", "which model it belongs to") if model is None else model
-    if dtype is None:
-        dtype = _recorded(directory, "dtype", "in which precision its model was loaded")
-    rows = None if data is None else _first_rows(data, split)
-    loaded = models.load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    checks = adapter.verify(directory, loaded.model, report, _probe_input(loaded, rows))
-    for check in checks:
-        typer.echo(f"{'✓' if check.passed else '✗'} {check.name} ({check.detail})")
-    if not all(check.passed for check in checks):
-        raise typer.Exit(FAILED)
-
-
-def _recorded(directory: Path, option: str, meaning: str) -> str:
-    from lora_da_core import storage
-
-    value = storage.read_settings(directory).get(option)
-    if not isinstance(value, str):
-        raise OptionError(f"{directory} does not say {meaning}; give --{option}.")
-    return value
-
-
-def _first_rows(source: str, split: str) -> list[Any]:
-    from lora_da_core.data import load_rows
-
-    rows = load_rows(source, split=split)
-    return [rows[index] for index in range(min(2, len(rows)))]
-
-
-def _probe_input(loaded: LoadedModel, rows: list[Any] | None) -> dict[str, Tensor]:
-    """An input without labels: the first rows, or made-up tokens."""
-    import torch
-
-    from lora_da_core import data
-
-    device = next(loaded.model.parameters()).device
-    if rows is None:
-        vocabulary = int(loaded.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        tokens = (torch.arange(PROBE_TOKENS, device=device) * 7919 + 1) % vocabulary
-        return {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens[None])}
-    encoded = data.encode_text(rows, loaded.tokenizer, model_limit=loaded.max_positions)
-    batch = data.batches(encoded.samples, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=len(rows))[0]
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+app.command("verify")(verify)
 
 
 # plugins

@@ -20,6 +20,7 @@ from lora_da_core.interfaces import Objective
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.probe import LowRankProbe
+from lora_da_core.repeatability import model_notes
 from lora_da_core.running_sums import Statistics
 from lora_da_core.types import Batch, LayerSpec
 
@@ -134,9 +135,11 @@ def estimate(
     """
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
+    # Later rounds run the same model; only the changes on its outputs differ.
+    doubts = [] if task.changes else model_notes(task, batches)
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
-    notes = check_tokens(task.specs, statistics)
+    notes = [*doubts, *check_tokens(task.specs, statistics)]
     if task.gradient.forward_only:
         if gradient_sums is None:
             gradient_sums = forward_gradients(task, batches, seed, notes.append)

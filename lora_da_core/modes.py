@@ -11,8 +11,38 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.errors import ModelError, OptionError
+
 _REPACKS = "support_avx512bf16_for_cpu"
 """By this attribute bitsandbytes decides whether a forward pass on a CPU re-packs 4-bit weights in place, with loss."""
+
+
+_OF_ADAPTERS = ("lora_", "modules_to_save", "trainable_tokens_")
+"""Parts of names of what an adapter adds to a model; PEFT may leave that on meta until it is written."""
+
+
+def check_model(model: Any) -> None:
+    """Refuses what cannot be run, before any work.
+
+    Args:
+        model: What was given as the model.
+
+    Raises:
+        OptionError: It is no module.
+        ModelError: A weight holds no values, and nothing is there that would bring them.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"model is a {type(model).__name__}; give a torch.nn.Module, such as from_pretrained returns."
+        )
+    # accelerate keeps offloaded weights on meta and brings them by a hook on the module or one around it.
+    brought = tuple(name for name, module in model.named_modules() if hasattr(module, "_hf_hook"))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not any(part in name for part in _OF_ADAPTERS) and not name.startswith(brought):
+            raise ModelError(
+                f"{name} is on the meta device and holds no values; load the weights before (from_pretrained, or "
+                "to_empty and load_state_dict)."
+            )
 
 
 @contextlib.contextmanager

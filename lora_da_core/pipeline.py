@@ -20,14 +20,15 @@ from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
-from lora_da_core.errors import OptionError
+from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.modes import quantization_notes, random_states_kept
+from lora_da_core.modes import check_model, quantization_notes, random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.registry import Registry
+from lora_da_core.repeatability import order_notes
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
 
@@ -216,6 +217,11 @@ class Pipeline:
     ) -> Job:
         from lora_da_core import adapter
 
+        check_model(model)
+        if not isinstance(batches, Iterable):
+            raise DataError(
+                f"the data is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader."
+            )
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
         self._check_ranks(model, targets.specs)
@@ -235,7 +241,12 @@ class Pipeline:
         )
         taken, unseen = complete(task, taken), complete(task, unseen)
         first, *later = divided(taken, self.config.rounds)
-        notes = (*targets.notes, *quantization_notes(targets.modules), *sample_notes(counts))
+        notes = (
+            *targets.notes,
+            *quantization_notes(targets.modules),
+            *sample_notes(counts),
+            *order_notes(batches, taken),
+        )
         for note in notes:
             logger.warning("%s", note)
         return Job(task, first, notes, later, unseen)

@@ -27,6 +27,8 @@ from lora_da_core.cache import MANIFEST_FILE, TENSORS_FILE
 Batches = list[dict[str, Tensor]]
 FIXED = LoraDAConfig(gamma=64.0, damping=1.0)
 BATCHES = 3
+PASSES = BATCHES + 2
+"""Forward passes of a run that stores statistics: a few samples are run twice before, to see whether they repeat."""
 
 
 def lora(rank: int = 4, modules: Any = "all-linear") -> LoraConfig:
@@ -79,7 +81,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that holds the statistics of one run; not to be written by tests."""
     cache_dir = tmp_path_factory.mktemp("cache")
     _, forwards = run(cache_dir)
-    assert forwards == BATCHES and len(entries(cache_dir)) == 1
+    assert forwards == PASSES and len(entries(cache_dir)) == 1
     return cache_dir
 
 
@@ -113,7 +115,7 @@ def test_what_enters_later_needs_no_pass_and_gives_equal_bytes(
 ) -> None:
     settings: dict[str, Any] = {"config": dataclasses.replace(FIXED, **changed), "solver": solver, "target": lora(rank)}
     plain, forwards = run(None, **settings)
-    assert forwards == BATCHES
+    assert forwards == PASSES
     stored, forwards = run(filled, **settings)
     assert forwards == 0 and same_bytes(plain, stored)
     assert (stored.report.loss, stored.report.label_tokens) == (plain.report.loss, plain.report.label_tokens)
@@ -125,7 +127,7 @@ def test_an_automatic_scale_runs_the_line_search_alone(filled: Path) -> None:
     config = dataclasses.replace(FIXED, gamma=None, scale="auto")
     plain, with_passes = run(None, config=config)
     stored, forwards = run(filled, config=config)
-    assert forwards == with_passes - BATCHES > 0 and same_bytes(plain, stored)
+    assert forwards == with_passes - PASSES > 0 and same_bytes(plain, stored)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_of_several_rounds_the_first_ones_statistics_are_kept(tmp_path: Path) ->
     plain, with_passes = run(None, config=config)
     run(tmp_path, config=config)
     stored, forwards = run(tmp_path, config=config)
-    assert forwards == with_passes - BATCHES and same_bytes(plain, stored)
+    assert forwards == with_passes - PASSES and same_bytes(plain, stored)
     assert len(entries(tmp_path)) == 1
 
 
@@ -229,7 +231,7 @@ def test_another_release_computes_again(
 ) -> None:
     known = cache_identity.version
     monkeypatch.setattr(cache_identity, "version", lambda name: "99" if name == "torch" else known(name))
-    assert run(copied)[1] == BATCHES
+    assert run(copied)[1] == PASSES
     assert warnings_of(caplog)[0].endswith("differs in versions.torch")
 
 
@@ -244,7 +246,7 @@ def test_layers_of_equal_sizes_are_told_apart_by_name(tmp_path: Path, caplog: py
     run(tmp_path, target=lora(4, ["q_proj"]))
     plain, _ = run(None, target=lora(4, ["o_proj"]))
     result, forwards = run(tmp_path, target=lora(4, ["o_proj"]))
-    assert forwards == BATCHES and same_bytes(plain, result)
+    assert forwards == PASSES and same_bytes(plain, result)
     assert warnings_of(caplog)[0].endswith("differs in layers")
 
 
@@ -310,7 +312,7 @@ def test_what_is_damaged_is_moved_aside_and_computed_again(
     for number in ("", ".1"):
         damage(entry)
         result, forwards = run(copied)
-        assert forwards == BATCHES and same_bytes(plain, result)
+        assert forwards == PASSES and same_bytes(plain, result)
         assert (copied / f"{entry.name}{number}.quarantined").exists()
         assert "cannot be used and was moved to" in warnings_of(caplog)[-1]
     assert run(copied)[1] == 0
@@ -325,7 +327,7 @@ def test_no_flipped_bit_is_used(copied: Path, file: str) -> None:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         (entry / file).write_bytes(content)
         before = len(list(copied.glob("*.quarantined")))
-        assert run(copied, target=lora(4))[1] == BATCHES
+        assert run(copied, target=lora(4))[1] == PASSES
         assert len(list(copied.glob("*.quarantined"))) == before + 1
 
 
@@ -340,7 +342,7 @@ def test_an_entry_of_another_run_under_this_ones_name_is_not_used(
     caplog.clear()
     plain, _ = run(None)
     result, forwards = run(copied)
-    assert forwards == BATCHES and same_bytes(plain, result)
+    assert forwards == PASSES and same_bytes(plain, result)
     assert "belongs to another run, with another tokens" in warnings_of(caplog)[0]
 
 
@@ -368,7 +370,7 @@ def test_a_full_disk_costs_the_entry_and_not_the_run(tmp_path: Path, caplog: pyt
     assert same_bytes(plain, result)
     assert "are not kept for later runs" in warnings_of(caplog)[0] and "File too large" in warnings_of(caplog)[0]
     assert [path for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
-    assert run(tmp_path)[1] == BATCHES
+    assert run(tmp_path)[1] == PASSES
 
 
 # Processes
@@ -397,7 +399,7 @@ def test_two_processes_at_once_compute_once(tmp_path: Path, processes: Any) -> N
     for process in both:
         process.join(timeout=60)
         assert process.exitcode == 0
-    assert sorted(forwards for forwards, _ in found) == [0, BATCHES]
+    assert sorted(forwards for forwards, _ in found) == [0, PASSES]
     assert found[0][1] == found[1][1]
     assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob(".*"))
 
@@ -431,6 +433,6 @@ def test_a_process_killed_while_it_writes_leaves_nothing_half(tmp_path: Path, pr
         assert bool(there) == (number >= FLUSHES)
         assert bool(list(cache_dir.glob(".*"))) == (number <= FLUSHES)
         result, forwards = run(cache_dir)
-        assert forwards == (0 if there else BATCHES) and same_bytes(plain, result)
+        assert forwards == (0 if there else PASSES) and same_bytes(plain, result)
         assert not list(cache_dir.glob("*.quarantined")) and not list(cache_dir.glob(".*"))
         assert run(cache_dir)[1] == 0
