@@ -95,9 +95,9 @@ def _options_of(directory: Path, given: Mapping[str, Any]) -> InitOptions:
             raise OptionError(
                 f"{directory} was written with other options: {', '.join(sorted(values.keys() - known))}."
             )
-        recorded = InitOptions(**{**values, "output": directory})
-        cache = None if recorded.cache_dir is None else Path(recorded.cache_dir)
-        options = replace(recorded, cache_dir=cache, **{name: each for name, each in given.items() if each is not None})
+        chosen = {**values, **{name: each for name, each in given.items() if each is not None}, "output": directory}
+        cache = chosen.get("cache_dir")
+        options = InitOptions(**{**chosen, "cache_dir": None if cache is None else Path(cache)})
     except TypeError as error:
         raise OptionError(f"{directory} does not say how it was made: {error}") from error
     # Statistics of all layers are wanted at once, and memory is planned for other work than this.

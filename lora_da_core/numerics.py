@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,7 @@ from lora_da_core.blame import blamed
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Estimates
 from lora_da_core.factorisations import eigh
+from lora_da_core.interfaces import LayerFisher
 from lora_da_core.operators import DenseMap
 from lora_da_core.pipeline import Pipeline
 from lora_da_core.rounds import population
@@ -85,35 +86,34 @@ def recomputed(
             )
     _check_same_run(estimates, report)
     specs = {spec.name: spec for spec in estimates.task.specs}
-    beta_over_n = config.beta / population(config, estimates.statistics.samples)
     found = []
     for layer in report.layers:
         spec = specs[layer.name]
         with blamed(f"estimator {pipeline.components.estimator.name!r}", f" on layer {layer.name}"):
-            found.append(_layer(pipeline, estimates, spec, factors[layer.name].A, beta_over_n, layer.remedies))
+            found.append(_layer(pipeline, estimates, spec, factors[layer.name].A, layer.remedies))
     return found
 
 
-def _layer(
-    pipeline: Pipeline,
-    estimates: Estimates,
-    spec: LayerSpec,
-    stored: Tensor,
-    beta_over_n: float,
-    earlier: Sequence[str],
+def layer_numerics(
+    name: str, fisher: LayerFisher, gradient: Tensor, stored: Tensor, *, alpha: float, beta_over_n: float
 ) -> LayerNumerics:
-    config = pipeline.config
-    fisher = pipeline.components.estimator.fisher(
-        _on_cpu(estimates.statistics.of_layer(spec.name)),
-        damping=config.damping,
-        damping_kind=config.damping_kind,
-        fisher_scale=config.fisher_scale,
-    )
-    gradient = estimates.gradient(spec).to_dense().to("cpu", torch.float64)
+    """One layer's figures.
+
+    Args:
+        name: The layer.
+        fisher: Its damped Fisher, on the CPU.
+        gradient: G, (out, in), float64 on the CPU.
+        stored: A, (r, in), or of a convolution (r, channels, height, width).
+        alpha: α.
+        beta_over_n: β/N.
+
+    Returns:
+        The figures.
+    """
     step = fisher.step(DenseMap(gradient)).to_dense().double()
     variance = fisher.inverse_input_trace().to_dense().double()
-    omega = beta_over_n * variance - config.alpha * (step @ step.mT)
-    pairs = eigh(omega, f"Ω of layer {spec.name}")
+    omega = beta_over_n * variance - alpha * (step @ step.mT)
+    pairs = eigh(omega, f"Ω of layer {name}")
     rows = stored.detach().to("cpu", torch.float64).flatten(1)
     basis = torch.linalg.qr(rows.mT).Q
     product = omega @ basis
@@ -122,9 +122,9 @@ def _layer(
     norm, total = float(pairs.values.abs().max()), float(wanted.abs().sum())
     size = float(gradient.norm())
     lost = float((fisher.apply(fisher.solve(gradient)) - gradient).norm()) / size if size else 0.0
-    spread = torch.linalg.eigvalsh(variance)
+    spread = eigh(variance, f"V of layer {name}").values
     return LayerNumerics(
-        name=spec.name,
+        name=name,
         orthogonality=_orthogonality(rows),
         residual=float(torch.linalg.matrix_norm(product - basis @ (basis.mT @ product), 2)) / (norm or 1.0),
         objective=objective,
@@ -132,8 +132,24 @@ def _layer(
         excess=(objective - least) / (total or 1.0),
         inversion=lost,
         condition=float(spread[-1] / spread[0]),
-        remedies=tuple(dict.fromkeys((*earlier, *fisher.remedies, *pairs.remedies))),
+        remedies=tuple(dict.fromkeys((*fisher.remedies, *pairs.remedies))),
     )
+
+
+def _layer(
+    pipeline: Pipeline, estimates: Estimates, spec: LayerSpec, stored: Tensor, earlier: tuple[str, ...]
+) -> LayerNumerics:
+    config, statistics = pipeline.config, estimates.statistics
+    fisher = pipeline.components.estimator.fisher(
+        _on_cpu(statistics.of_layer(spec.name)),
+        damping=config.damping,
+        damping_kind=config.damping_kind,
+        fisher_scale=config.fisher_scale,
+    )
+    gradient = estimates.gradient(spec).to_dense().to("cpu", torch.float64)
+    beta_over_n = config.beta / population(config, statistics.samples)
+    found = layer_numerics(spec.name, fisher, gradient, stored, alpha=config.alpha, beta_over_n=beta_over_n)
+    return replace(found, remedies=tuple(dict.fromkeys((*earlier, *found.remedies))))
 
 
 def _orthogonality(rows: Tensor) -> float:
