@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,9 @@ from lora_da_core.roll_call import RollCall
 
 BUCKET_BYTES = 2**26
 """Bytes of small tensors that are added in one collective; a larger tensor goes alone, where it lies."""
+
+DIFFERENCES = 5
+"""How many differences between two processes an error lists."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,12 +85,20 @@ class World:
             phase: What for.
             values: The tensors of `source`; what the others give is not looked at.
             source: A rank.
-            device: Where the others put them.
+            device: Where the others put those that are not on the host there.
 
         Returns:
             At the source the values themselves, elsewhere equal ones.
         """
         return dict(values)
+
+    def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
+        """Overwrites the processes' tensors, of the same shapes, with rank 0's.
+
+        Args:
+            phase: What for.
+            tensors: On any devices, contiguous.
+        """
 
     def watched(self, on_progress: Progress | None) -> Progress | None:
         """A progress function that also stops this process soon after another has failed.
@@ -161,8 +173,10 @@ class Joined(World):
         for rank, theirs in enumerate(told):
             wrong = [name for name in sorted({*told[0], *theirs}) if theirs.get(name) != told[0].get(name)]
             if wrong:
-                shown = "; ".join(f"{name} is {theirs.get(name)!r}, there {told[0].get(name)!r}" for name in wrong)
-                raise RankError(f"rank {rank} of {self.size} does not agree with rank 0 on {phase}: {shown}")
+                pairs = [(name, _brief(theirs.get(name)), _brief(told[0].get(name))) for name in wrong[:DIFFERENCES]]
+                shown = "; ".join(f"its {name} is {mine}, rank 0's {other}" for name, mine, other in pairs)
+                more = f"; and {len(wrong) - DIFFERENCES} more" if len(wrong) > DIFFERENCES else ""
+                raise RankError(f"rank {rank} of {self.size} does not agree with rank 0 on {phase}: {shown}{more}.")
 
     def gather(self, phase: str, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.size
@@ -175,21 +189,18 @@ class Joined(World):
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
     ) -> dict[str, Tensor]:
-        shapes = {name: [list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in values.items()}
-        shapes = self.exchange(phase, shapes if self.rank == source else None)[source]
+        mine = {name: _outline(value) for name, value in values.items()} if self.rank == source else None
+        outlines = self.exchange(phase, mine)[source]
         if self.rank == source:
             found = {name: value.contiguous() for name, value in values.items()}
         else:
-            made = shapes.items()
-            found = {n: torch.empty(shape, dtype=getattr(torch, kind), device=device) for n, (shape, kind) in made}
+            found = {name: _like(outline, device) for name, outline in outlines.items()}
 
-        def send() -> None:
-            for value in found.values():
-                if value.numel():
-                    self._finish(dist.broadcast(value, source, group=self._group, async_op=True))
-
-        self._collective(phase, send)
+        self._collective(phase, lambda: self._send(list(found.values()), source))
         return found
+
+    def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
+        self._collective(phase, lambda: self._send(tensors, 0))
 
     def watched(self, on_progress: Progress | None) -> Progress:
         def progress(phase: str, done: int, total: int) -> None:
@@ -219,6 +230,11 @@ class Joined(World):
             self._finish(work)
         for value, part in scattered:
             value.copy_(part)
+
+    def _send(self, tensors: Sequence[Tensor], source: int) -> None:
+        sent = [value for value in tensors if value.numel()]
+        for work in [dist.broadcast(value, source, group=self._group, async_op=True) for value in sent]:
+            self._finish(work)
 
     def _collective(self, phase: str, work: Callable[[], object]) -> None:
         # All are here before any begins, so that no collective waits for a process that is gone.
@@ -305,6 +321,19 @@ def _backend() -> str:
     """Serves tensors of the host, and of GPUs where the process group does."""
     nccl = torch.cuda.is_available() and "nccl" in dist.get_backend_config()
     return "cpu:gloo,cuda:nccl" if nccl else "gloo"
+
+
+def _brief(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80)
+
+
+def _outline(value: Tensor) -> list[Any]:
+    return [list(value.shape), str(value.dtype).removeprefix("torch."), value.device.type == "cpu"]
+
+
+def _like(outline: Sequence[Any], device: torch.device) -> Tensor:
+    shape, dtype, on_host = outline
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu" if on_host else device)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -74,7 +74,11 @@ class Worlds:
 
     def run(self, size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the function returns in each process, by rank; none may raise."""
-        endings = self.endings(self.start(size, work, *arguments))
+        return self.values(self.start(size, work, *arguments))
+
+    def values(self, number: int) -> list[Any]:
+        """What the function returned in each process of a group, by rank; none may have raised."""
+        endings = self.endings(number)
         assert not [ending.error for ending in endings if ending.error], [ending.error for ending in endings]
         assert all(ending.exitcode == 0 for ending in endings)
         return [ending.value for ending in endings]
