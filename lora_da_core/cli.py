@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from lora_da_core.distributed import World
     from lora_da_core.models import LoadedModel
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import RunReport
@@ -129,7 +130,19 @@ def _root(
 
 
 def _init(options: InitOptions) -> None:
-    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
+    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter.
+
+    Under torchrun or accelerate launch the processes share the work, and the first one writes.
+    """
+    from lora_da_core.distributed import joined, launched
+
+    with launched(options.process_timeout) as device, joined(options.process_timeout) as world:
+        if device is not None and options.device == "auto":
+            options = replace(options, device=str(device))
+        _init_in(world, options)
+
+
+def _init_in(world: World, options: InitOptions) -> None:
     from lora_da_core import adapter, data, models, storage
     from lora_da_core.memory import parse_size
     from lora_da_core.progress import note, shown_progress
@@ -171,7 +184,7 @@ def _init(options: InitOptions) -> None:
         base_model_name=options.model,
     )
 
-    log = _console(stderr=True)
+    log = _console(stderr=True, quiet=world.rank > 0)
     rows = data.load_rows(options.data, split=options.split)
     loaded = models.load_model(
         options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
@@ -197,7 +210,10 @@ def _init(options: InitOptions) -> None:
             on_progress=on_progress,
             cache_dir=options.cache_dir,
             max_memory=options.max_memory,
+            world=world,
         )
+    if world.rank:
+        return
     report = replace(result.report, notes=(*notes, *result.report.notes))
     fitted = adapter.allocated_config(lora, result.report.allocation)
     peft_model = adapter.apply(loaded.model, fitted, result.factors)
@@ -375,10 +391,10 @@ def _show(report: RunReport, *, brief: bool = False) -> None:
         console.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, quiet=quiet)
 
 
 def _unexpected(error: Exception) -> str:

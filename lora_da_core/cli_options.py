@@ -31,7 +31,7 @@ from lora_da_core.types import (
 OptionsT = TypeVar("OptionsT")
 
 _DEFAULTS = LoraDAConfig()
-_SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig))
+_SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distributed"}
 _NOT_RECORDED = frozenset({"config", "overwrite", "plot"})
 
 
@@ -278,6 +278,14 @@ class InitOptions:
             "layers_per_pass",
         ),
     ] = None
+    process_timeout: Annotated[
+        float,
+        _option(
+            _RUN,
+            "Seconds that a process of a distributed run waits for the others; one that is silent for a tenth of it, "
+            "or for 30 s, counts as killed.",
+        ),
+    ] = _DEFAULTS.process_timeout
     seed: Annotated[int, _option(_RUN, "Seed of every random number.")] = 0
     trust_remote_code: Annotated[bool, _option(_RUN, "Run code that comes with the model.", "--trust-remote-code")] = (
         False

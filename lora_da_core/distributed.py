@@ -138,8 +138,7 @@ class Joined(World):
         ended = False
         try:
             self._roll_call.start()
-            self.exchange("start", None)
-            self._group = dist.new_group(backend=_backend(), timeout=timedelta(seconds=self._roll_call.timeout))
+            self._collective("start", self._connect)
             yield self
             self.exchange("end", None)
             ended = True
@@ -209,6 +208,9 @@ class Joined(World):
                 on_progress(phase, done, total)
 
         return progress
+
+    def _connect(self) -> None:
+        self._group = dist.new_group(backend=_backend(), timeout=timedelta(seconds=self._roll_call.timeout))
 
     def _add(self, tensors: Sequence[Tensor]) -> None:
         """All collectives are begun before the first is waited for."""
@@ -296,6 +298,7 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
 
     Raises:
         OptionError: There are more processes on this machine than GPUs.
+        RankError: Not all processes came.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield None
@@ -310,7 +313,11 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
             )
         torch.cuda.set_device(device)
     backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # another process is missing, or an environment variable
+        size = os.environ["WORLD_SIZE"]
+        raise RankError(f"the {size} processes could not be brought together: {str(error).splitlines()[0]}") from error
     try:
         yield device
     finally:

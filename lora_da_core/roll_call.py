@@ -73,6 +73,8 @@ class RollCall:
         with self._reached():
             self._store.set(names[self._rank], json.dumps([phase, value]))
             self._wait(names, phase)
+            # A process that comes late finds the values of one that has given up.
+            self._look_for_fault()
             told = [json.loads(text) for text in self._store.multi_get(names)]
             if number:
                 # All have come this far, so all have read what came before.
