@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -157,8 +158,10 @@ def _init_in(world: World, options: InitOptions) -> None:
         raise OptionError(str(error)) from error
     if options.max_memory is not None:
         parse_size(options.max_memory)
-        if options.cache_dir is not None or options.layers_per_pass is not None:
-            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
+        if options.layers_per_pass is not None:
+            raise OptionError("--max-memory does not go with --layers-per-pass; leave one out.")
+    if options.resume and options.cache_dir is not None:
+        raise OptionError("--cache-dir keeps the passes already; leave out --resume.")
     pipeline = _pipeline(options)
     if pipeline.config.offset != "none":
         raise OptionError(
@@ -208,7 +211,7 @@ def _init_in(world: World, options: InitOptions) -> None:
             batches,
             lora,
             on_progress=on_progress,
-            cache_dir=options.cache_dir,
+            cache_dir=options.passes_dir or options.cache_dir,
             max_memory=options.max_memory,
             world=world,
         )
@@ -225,6 +228,8 @@ def _init_in(world: World, options: InitOptions) -> None:
         settings=options.recorded(),
         overwrite=options.overwrite,
     )
+    if options.passes_dir is not None:
+        shutil.rmtree(options.passes_dir)
     if options.plot:
         plot_spectra(report, options.output / PICTURE_FILE)
     _show(report, brief=len(report.layers) >= MANY_LAYERS)

@@ -32,7 +32,7 @@ OptionsT = TypeVar("OptionsT")
 
 _DEFAULTS = LoraDAConfig()
 _SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distributed"}
-_NOT_RECORDED = frozenset({"config", "overwrite", "plot"})
+_NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume"})
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -96,6 +96,15 @@ class InitOptions:
             show_default="none",
         ),
     ] = None
+    resume: Annotated[
+        bool,
+        _option(
+            _IO,
+            "Keep the statistics of every completed pass beside the output until it is written, and go on from those "
+            "that an interrupted run with this option has left.",
+            "--resume",
+        ),
+    ] = False
     plot: Annotated[bool, _option(_IO, "Also save spectra.png, the spectra and residuals.", "--plot")] = False
 
     rank: Annotated[int, _option(_LORA, "Rank r of the adapter.")] = 8
@@ -264,7 +273,7 @@ class InitOptions:
         _option(
             _RUN,
             "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes "
-            "('lora-da plan' tells how many). Not with --cache-dir.",
+            "('lora-da plan' tells how many).",
             metavar="SIZE",
             show_default="none",
         ),
@@ -290,6 +299,11 @@ class InitOptions:
     trust_remote_code: Annotated[bool, _option(_RUN, "Run code that comes with the model.", "--trust-remote-code")] = (
         False
     )
+
+    @property
+    def passes_dir(self) -> Path | None:
+        """Where an interrupted run leaves its completed passes; None where it leaves none."""
+        return self.output.with_name(f".{self.output.name}.passes") if self.resume else None
 
     def lora_da_config(self, preset: Preset) -> LoraDAConfig:
         """The preset's configuration with what was given put in its place.

@@ -109,6 +109,33 @@ def shared() -> Iterator[dict[str, list[dict[str, Any]]]]:
         worlds.kill()
 
 
+def stored(cache_dir: Any) -> tuple[bool, list[tuple[str, str]]]:
+    """Whether rank 0's statistics came from a cache, and the digests."""
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", **PROJECTIONS)
+    model, batches = made_model("llama", torch.float64), make_batches(make_samples(8))
+    config = LoraDAConfig(gamma=64.0, layers_per_pass=3)
+    result = lora_da_core.build_pipeline(estimator="ekfac", config=config).run(
+        model, batches, lora, cache_dir=cache_dir
+    )
+    digests = [(layer.digest_A, layer.digest_B) for layer in result.report.layers]
+    return any("read from the cache" in note for note in result.report.notes), digests
+
+
+def stored_twice(cache_dir: Any) -> list[tuple[bool, list[tuple[str, str]]]]:
+    return [stored(cache_dir), stored(cache_dir)]
+
+
+def test_rank_0_reads_what_was_stored_for_all(tmp_path: Any) -> None:
+    worlds = Worlds()
+    try:
+        for (before, made), (after, read) in worlds.run(2, stored_twice, tmp_path):
+            assert (before, after) == (False, True) and made == read
+    finally:
+        worlds.kill()
+    # One process goes on with what two have stored.
+    assert stored(tmp_path) == (True, made)
+
+
 def largest_difference(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)) if expected.size else 0.0
 
