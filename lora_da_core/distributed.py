@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -21,8 +22,11 @@ from torch import Tensor
 from lora_da_core.errors import OptionError, RankError
 from lora_da_core.roll_call import RollCall
 
-BUCKET_BYTES = 2**26
-"""Bytes of small tensors that are added in one collective; a larger tensor goes alone, where it lies."""
+BUCKET_BYTES = 2**24
+"""Bytes of small tensors that are added in one collective; one of a sixteenth of that goes alone, where it lies."""
+
+UNDER_WAY = 8
+"""Collectives that are begun before the first of them is waited for."""
 
 DIFFERENCES = 5
 """How many differences between two processes an error lists."""
@@ -97,7 +101,7 @@ class World:
 
         Args:
             phase: What for.
-            tensors: On any devices, contiguous.
+            tensors: On any devices.
         """
 
     def watched(self, on_progress: Progress | None) -> Progress | None:
@@ -199,11 +203,15 @@ class Joined(World):
         return found
 
     def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._send(phase, tensors, 0))
+        whole = [value if value.is_contiguous() else value.contiguous() for value in tensors]
+        self._collective(phase, lambda: self._send(phase, whole, 0))
+        for value, sent in zip(tensors, whole, strict=True):
+            if value is not sent:
+                value.copy_(sent)
 
     def watched(self, on_progress: Progress | None) -> Progress:
         def progress(phase: str, done: int, total: int) -> None:
-            self._roll_call.look()
+            self._roll_call.look(phase)
             if on_progress is not None:
                 on_progress(phase, done, total)
 
@@ -218,24 +226,24 @@ class Joined(World):
         return None if nccl else self._group
 
     def _add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        """All collectives are begun before the first is waited for."""
-        works: list[Any] = []
-        scattered: list[tuple[Tensor, Tensor]] = []
-
-        def begin(value: Tensor) -> None:
-            works.append(dist.all_reduce(value, group=self._group_of(value), async_op=True))
-
+        begun: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
         for bucket in _buckets(tensors):
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                begin(bucket[0])
-                continue
-            flat = torch.cat([value.flatten() for value in bucket])
-            begin(flat)
-            parts = torch.split(flat, [value.numel() for value in bucket])
-            scattered += [(value, part.view(value.shape)) for value, part in zip(bucket, parts, strict=True)]
-        self._finish(phase, works)
-        for value, part in scattered:
-            value.copy_(part)
+            in_place = len(bucket) == 1 and bucket[0].is_contiguous()
+            flat = bucket[0] if in_place else torch.cat([value.flatten() for value in bucket])
+            work = dist.all_reduce(flat, group=self._group_of(flat), async_op=True)
+            begun.append((work, flat, [] if in_place else bucket))
+            if len(begun) == UNDER_WAY:
+                self._take(phase, *begun.popleft())
+        for each in begun:
+            self._take(phase, *each)
+
+    def _take(self, phase: str, work: Any, flat: Tensor, bucket: Sequence[Tensor]) -> None:
+        """Waits for one collective and brings its sums to where they belong."""
+        self._finish(phase, [work])
+        start = 0
+        for value in bucket:
+            value.copy_(flat[start : start + value.numel()].view(value.shape))
+            start += value.numel()
 
     def _send(self, phase: str, tensors: Sequence[Tensor], source: int) -> None:
         sent = [value for value in tensors if value.numel()]
@@ -346,16 +354,20 @@ def _like(outline: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, up to `BUCKET_BYTES` together."""
+    """Small neighbours of one dtype and device together, large tensors alone."""
     bucket: list[Tensor] = []
     held = 0
     for value in tensors:
         if not value.numel():
             continue
+        alone = value.nbytes >= BUCKET_BYTES // 16
         alike = bucket and (value.dtype, value.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not alike or held + value.nbytes > BUCKET_BYTES):
+        if bucket and (alone or not alike or held + value.nbytes > BUCKET_BYTES):
             yield bucket
             bucket, held = [], 0
+        if alone:
+            yield [value]
+            continue
         bucket.append(value)
         held += value.nbytes
     if bucket:
