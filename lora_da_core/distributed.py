@@ -281,6 +281,9 @@ def joined(timeout: float) -> Iterator[World]:
 
     Yields:
         The world. What one process raises within makes the others raise a `RankError` that names it.
+
+    Raises:
+        OptionError: This torch is too old.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
@@ -289,6 +292,11 @@ def joined(timeout: float) -> Iterator[World]:
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     rank, size, store = dist.get_rank(), dist.get_world_size(), _get_default_store()
+    if not hasattr(store, "clone"):
+        raise OptionError(
+            f"torch {torch.__version__} is too old to share a run among {size} processes; take a newer one, or let each "
+            "work by itself (distributed='off')."
+        )
     # Every process counts its own runs, so that the keys of two runs never meet.
     number = store.add(f"lora_da/runs/{rank}", 1)
     roll_call = RollCall(PrefixStore(f"lora_da/{number}", store), rank, size, timeout)
