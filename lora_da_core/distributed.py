@@ -294,8 +294,8 @@ def joined(timeout: float) -> Iterator[World]:
     rank, size, store = dist.get_rank(), dist.get_world_size(), _get_default_store()
     if not hasattr(store, "clone"):
         raise OptionError(
-            f"torch {torch.__version__} is too old to share a run among {size} processes; take a newer one, or let each "
-            "work by itself (distributed='off')."
+            f"torch {torch.__version__} is too old to share a run among {size} processes; take a newer one, or let "
+            "each work by itself (distributed='off')."
         )
     # Every process counts its own runs, so that the keys of two runs never meet.
     number = store.add(f"lora_da/runs/{rank}", 1)
