@@ -22,6 +22,7 @@ from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.modes import first_non_finite_module, prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.placement import execution_device, model_device, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
@@ -53,13 +54,12 @@ class CaptureTask:
 
     @property
     def device(self) -> torch.device:
-        """Where batches go: the device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Where batches go: where the first of the model's weights are used."""
+        return model_device(self.model)
 
     def device_of(self, layer: str) -> torch.device:
-        """Where a layer's weights lie, and its sums with them."""
-        parameter = next(self.modules[layer].parameters(), None)
-        return self.device if parameter is None else parameter.device
+        """Where a layer computes, and its sums lie."""
+        return execution_device(self.modules[layer]) or self.device
 
     def dtype_of(self, spec: LayerSpec) -> torch.dtype:
         """The dtype of a layer's sums and factors: the larger of float32 and its weights'."""
@@ -161,11 +161,12 @@ class _Run:
         def largest_gradient(scale: float) -> float:
             self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self.task.device), []
             try:
-                with torch.enable_grad(), self._blamed("objective"):
-                    losses = self.task.objective.losses(self.task.model, on_device)
-                if not losses.requires_grad:
-                    return 0.0  # the first batch will tell why
-                (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+                with torch.enable_grad(), offloaded_weights_reloaded(self.task.model):
+                    with self._blamed("objective"):
+                        losses = self.task.objective.losses(self.task.model, on_device)
+                    if not losses.requires_grad:
+                        return 0.0  # the first batch will tell why
+                    (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
                 found = torch.stack([each.to(self.task.device) for each in self._largest] or [losses.new_zeros(())])
                 return float(found.max())
             finally:
@@ -252,7 +253,7 @@ class _Run:
     ) -> Tensor:
         self._batch = TokenLedger(samples, mask_of, self.task.device)
         try:
-            with torch.set_grad_enabled(self.task.needs_backward):
+            with torch.set_grad_enabled(self.task.needs_backward), offloaded_weights_reloaded(self.task.model):
                 with self._blamed("objective"):
                     losses = losses_of()
                 if not isinstance(losses, Tensor) or losses.shape != (samples,):

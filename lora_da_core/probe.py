@@ -16,6 +16,7 @@ from lora_da_core.interfaces import LossProbe
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
+from lora_da_core.placement import weights_present, whole
 from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
@@ -90,9 +91,11 @@ class LowRankProbe(LossProbe):
         module, kind = self._task.modules[layer], self._specs[layer].kind
         if kind not in ("linear", "conv1d"):
             raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
-        stored = getattr(module, "weight", None)
-        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
-            return stored.detach() if kind == "linear" else stored.detach().mT
+        with weights_present(module):
+            stored = getattr(module, "weight", None)
+            if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
+                found = whole(stored.detach())
+                return found if kind == "linear" else found.mT
         # Packed weights are only known by what they do: W is the answer to the unit vectors.
         device, _ = self.place(layer)
         unit = torch.eye(self._specs[layer].in_features, device=device, dtype=torch.bfloat16)
