@@ -24,8 +24,7 @@ from lora_da_core.cache_identity import MISSING, Identity, differing, digest_of
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import StorageError
 from lora_da_core.estimation import Estimates, check_tokens
-from lora_da_core.interfaces import Accumulator
-from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
+from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
 from lora_da_core.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -158,22 +157,6 @@ class StatisticsCache:
             storage.replace_directory(entry, lambda fresh: _write(fresh, identity, found))
         except StorageError as error:
             logger.warning("the statistics are not kept for later runs: %s", error)
-
-
-class StoredSums(Accumulator):
-    """Sums that were read back; they take no more tokens."""
-
-    def __init__(self, sums: Mapping[str, Tensor]) -> None:
-        self._sums = dict(sums)
-
-    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        raise TypeError("stored sums take no more tokens")
-
-    def merge(self, other: Mapping[str, Tensor]) -> None:
-        raise TypeError("stored sums take no other shard")
-
-    def statistics(self) -> dict[str, Tensor]:
-        return dict(self._sums)
 
 
 # What an entry holds

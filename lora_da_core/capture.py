@@ -6,9 +6,10 @@ Gradients come from taps on the layers' outputs, so no weight needs a `.grad` an
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
+from lora_da_core.distributed import ALONE, World
 from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
+from lora_da_core.merging import Merger
 from lora_da_core.modes import first_non_finite_module, prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.placement import execution_device, model_device, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
+from lora_da_core.shares import Share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
 
@@ -51,6 +55,8 @@ class CaptureTask:
     """By layer, what is added to its weights (out, in) while the model runs; no weight is touched."""
     beside: Sequence[LayerSpec] = ()
     """Layers whose statistics other passes take; in this one they run as they do in those."""
+    world: World = ALONE
+    """The processes that share the run; each reads its share of the batches."""
 
     @property
     def device(self) -> torch.device:
@@ -103,20 +109,29 @@ def collect(
         PluginError: An accumulator raised.
     """
     run = _Run(task, generator)
-    done, total = 0, task.estimator.passes * len(batches)
+    share = _share(task, batches)
+    done, total = 0, task.estimator.passes * len(share.batches)
     with prepared(task.model), task.base_only(), run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
         elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
             run.find_scale(batches)
         for index in range(task.estimator.passes):
-            for number, batch in enumerate(batches):
-                run.batch(index, number, batch)
-                done += 1
-                if on_progress is not None:
-                    on_progress("statistics", done, total)
+            with share.draws(generator):
+                for number, batch in share.batches:
+                    run.batch(index, number, batch)
+                    done += 1
+                    if on_progress is not None:
+                        on_progress("statistics", done, total)
             run.end_pass(index)
-    return run.statistics
+    return run.merged
+
+
+def _share(task: CaptureTask, batches: Sequence[Batch]) -> Share:
+    share = share_of(batches, task.world.rank, task.world.size)
+    if task.world.size == 1 or task.estimator.labels != "sampled":
+        return share
+    return replace(share, drawn=torch.cat([task.objective.draw_counts(batch).cpu() for batch in batches]))
 
 
 class _Run:
@@ -128,6 +143,7 @@ class _Run:
         self._number: int | None = None
         self.groups: dict[tuple[str, ...], InputGroup] = {}
         self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
+        self.merged = self.statistics
         self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
         self._pass = 0
         self._batch: TokenLedger | None = None
@@ -400,7 +416,9 @@ class _Run:
         return blamed(f"{kind} {component.name!r}{origin}", place + batch)
 
     def end_pass(self, index: int) -> None:
-        """Closes a pass: every layer must have run, and accumulators see the sums."""
+        """Closes a pass: every layer must have run, and accumulators see the sums of all processes."""
+        self._number = None
+        self._meet()
         # Whoever reads the statistics is told which experts no token was routed to.
         ran = {name: layer for name, layer in self.statistics.layers.items() if layer.group is not None}
         unused = [spec.name for spec in self.task.specs if spec.name not in ran and spec.expert is None]
@@ -409,13 +427,26 @@ class _Run:
                 f"{len(unused)} targeted layers never ran on this data, the first is {unused[0]}. "
                 "Leave them out with exclude_modules, or give data that reaches them."
             )
-        self._number = None
+        task = self.task
+        adds = {"estimator": task.estimator.additive, "gradient": task.gradient.additive}
+        last = index + 1 == task.estimator.passes
+        self.merged = Merger(task.world, adds=adds, last=last).merged(self.statistics)
         for group in self.groups.values():
             with self._blamed("estimator", group.leader):
-                group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
+                group.accumulator.end_pass(index, self.merged.of_layer(group.leader))
         for name, layer in ran.items():
             with self._blamed("estimator", name):
-                layer.fisher.end_pass(index, self.statistics.of_layer(name))
+                layer.fisher.end_pass(index, self.merged.of_layer(name))
+
+    def _meet(self) -> None:
+        """Every process learns which layers ran elsewhere, and on which inputs."""
+        if self.task.world.size == 1:
+            return
+        keys = {id(group): key for key, group in self.groups.items()}
+        ran = [(name, layer.group) for name, layer in self.statistics.layers.items() if layer.group is not None]
+        found = [[name, keys[id(group)], group.leader] for name, group in ran]
+        for name, key, leader in itertools.chain(*self.task.world.exchange("layers", found)):
+            self._group(self.statistics.layers[name], tuple(key), leader)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor | None:

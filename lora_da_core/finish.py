@@ -81,6 +81,8 @@ class Finish:
         else:
             rounds = [first]
             factors, scale = self.record.timed("scale", lambda: self._scaled(job, first, dtypes))
+        # Every process has computed the same from the same solutions; equal devices round alike, others may not.
+        job.task.world.equalise("factors", [each for pair in factors.values() for each in (pair.A, pair.B)])
         self.record.notes += _start_notes(self.config)
         reports = [_layer_report(spec, rounds[-1], factors[spec.name]) for spec in first.specs]
         for report in reports:

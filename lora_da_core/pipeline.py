@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_da_core.agreement import agree
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.blame import blamed
@@ -20,6 +23,7 @@ from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.distributed import ALONE, World, joined
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
@@ -111,8 +115,12 @@ class Pipeline:
         on_progress: Progress | None = None,
         cache_dir: Path | str | None = None,
         max_memory: int | str | None = None,
+        world: World | None = None,
     ) -> LoraDAResult:
         """Estimates, solves and scales; the model is left exactly as found.
+
+        In an initialised process group every process calls this alike, with the same model and data, and gets the same
+        result; each does its share of the work.
 
         Args:
             model: A base model, or a PeftModel that carries the adapter.
@@ -124,6 +132,7 @@ class Pipeline:
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
                 within by plan; layers are divided among as many passes as it takes. Libraries come on top.
+            world: The processes that share the run, where the caller has brought them together; None does so here.
 
         Returns:
             The factors as the adapter stores them, before PEFT's scaling, and the report.
@@ -138,11 +147,24 @@ class Pipeline:
                     "statistics that are freed part by part cannot be kept: leave out cache_dir, or layers_per_pass "
                     "and max_memory."
                 )
-            estimates = self.estimate(
-                model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
-            )
-            return self.solve(estimates, on_progress=on_progress)
-        job = self._job(model, batches, peft_config, adapter_name)
+            with self._world(world) as shared:
+                on_progress = shared.watched(on_progress)
+                estimates = self._estimated(model, batches, peft_config, adapter_name, on_progress, cache_dir, shared)
+                return self._solved(estimates, None, on_progress, shared)
+        with self._world(world) as shared:
+            on_progress = shared.watched(on_progress)
+            job = self._job(model, batches, peft_config, adapter_name, shared)
+            return self._result(model, job, peft_config, adapter_name, on_progress, max_memory)
+
+    def _result(
+        self,
+        model: nn.Module,
+        job: Job,
+        peft_config: LoraConfig | None,
+        adapter_name: str,
+        on_progress: Progress | None,
+        max_memory: int | str | None,
+    ) -> LoraDAResult:
         most = self.config.layers_per_pass
         parts: Sequence[Names]
         if max_memory is not None:
@@ -186,12 +208,26 @@ class Pipeline:
             OptionError: A cache is given and the objective is a plain function.
             StorageError: The cache cannot be written.
         """
+        with self._world(None) as shared:
+            on_progress = shared.watched(on_progress)
+            return self._estimated(model, batches, peft_config, adapter_name, on_progress, cache_dir, shared)
+
+    def _estimated(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        peft_config: LoraConfig | None,
+        adapter_name: str,
+        on_progress: Progress | None,
+        cache_dir: Path | str | None,
+        world: World,
+    ) -> Estimates:
         from lora_da_core import adapter
 
         cache = None if cache_dir is None else StatisticsCache(Path(cache_dir))
         if cache is not None:
             cache.check()
-        job = self._job(model, batches, peft_config, adapter_name)
+        job = self._job(model, batches, peft_config, adapter_name, world)
         task, first = job.task, job.batches
         compute = partial(estimate, task, first, self.config.seed, on_progress)
         if cache is None:
@@ -201,8 +237,19 @@ class Pipeline:
             found = cache.estimates(identity, task, first, compute)
         return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)
 
+    def _world(self, world: World | None) -> AbstractContextManager[World]:
+        """The processes that share a run."""
+        if world is not None or self.config.distributed == "off":
+            return contextlib.nullcontext(world or ALONE)
+        return joined(self.config.process_timeout)
+
     def _job(
-        self, model: nn.Module, batches: Iterable[Batch], peft_config: LoraConfig | None, adapter_name: str
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        peft_config: LoraConfig | None,
+        adapter_name: str,
+        world: World,
     ) -> Job:
         from lora_da_core import adapter
 
@@ -222,7 +269,10 @@ class Pipeline:
             token_mask=self.config.token_mask,
             base_only=partial(adapter.adapters_disabled, model),
             origins=self.components.origins(self.registry),
+            world=world,
         )
+        if world.size > 1:
+            agree(task, [*taken, *unseen], self.components, self.config)
         taken, unseen = complete(task, taken), complete(task, unseen)
         first, *later = divided(taken, self.config.rounds)
         notes = (*targets.notes, *quantization_notes(targets.modules), *sample_notes(counts))
@@ -247,6 +297,12 @@ class Pipeline:
             OptionError: The estimates were made with other estimators, another token mask, other layers or for another
                 number of rounds.
         """
+        with self._world(None) as shared:
+            return self._solved(estimates, peft_config, shared.watched(on_progress), shared)
+
+    def _solved(
+        self, estimates: Estimates, peft_config: LoraConfig | None, on_progress: Progress | None, world: World
+    ) -> LoraDAResult:
         from lora_da_core import adapter
 
         made, ours = estimates.task, self.components
@@ -269,7 +325,13 @@ class Pipeline:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
         self._check_ranks(made.model, specs)
         check_tokens(specs, estimates.statistics)
-        job = Job(replace(made, specs=specs), estimates.batches, estimates.notes, estimates.later, estimates.unseen)
+        job = Job(
+            replace(made, specs=specs, world=world),
+            estimates.batches,
+            estimates.notes,
+            estimates.later,
+            estimates.unseen,
+        )
         return Finish(self.registry, self.components, self.config, job, on_progress).solved_again(estimates)
 
     def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:

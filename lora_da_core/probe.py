@@ -17,16 +17,20 @@ from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.placement import weights_present, whole
+from lora_da_core.shares import share_of
 from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
 
 class LowRankProbe(LossProbe):
-    """Evaluates the loss with changes added to layers' outputs; used inside `with probe:`."""
+    """Evaluates the loss with changes added to layers' outputs; used inside `with probe:`.
+
+    The processes of a world share the batches, and each is given the losses of all.
+    """
 
     def __init__(self, task: CaptureTask, batches: Sequence[Batch]) -> None:
         self._task = task
-        self._batches = batches
+        self._batches = [batch for _, batch in share_of(batches, task.world.rank, task.world.size).batches]
         self._changes: Mapping[str, LinearMap] = {}
         self._specs = {spec.name: spec for spec in task.specs}
         self._look: Callable[[Call], None] | None = None
@@ -62,9 +66,12 @@ class LowRankProbe(LossProbe):
                     for batch in (labelled_part(self._task.objective, batch) for batch in self._batches)
                     if batch is not None
                 ]
-            return torch.cat(found).double().cpu()
         finally:
             self._changes = {}
+        # As lists, so that the sum that follows is taken in the same order on every process.
+        own = [value for losses in found for value in losses.double().tolist()]
+        everyones = self._task.world.exchange("losses", own)
+        return torch.tensor([value for theirs in everyones for value in theirs], dtype=torch.float64)
 
     def energies(self, bases: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         """How much of the layers' inputs lies in a subspace, over the tokens that count for the Fisher.
@@ -85,7 +92,9 @@ class LowRankProbe(LossProbe):
                         self._task.objective.losses(self._task.model, to_device(part, self._task.device))
                 finally:
                     self._look = None
-        return {name: (float(found[0]), float(found[1])) for name, found in sums.items()}
+        told = self._task.world.exchange("energies", {name: found.tolist() for name, found in sums.items()})
+        whole = {name: [sum(theirs[name][place] for theirs in told) for place in range(2)] for name in sums}
+        return {name: (float(found[0]), float(found[1])) for name, found in whole.items()}
 
     def weights(self, layer: str) -> Tensor:
         module, kind = self._task.modules[layer], self._specs[layer].kind

@@ -17,11 +17,13 @@ from lora_da_core.blame import is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
+from lora_da_core.distributed import World
 from lora_da_core.errors import DataError, LoraDAError
 from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients, with_enough_tokens
 from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
+from lora_da_core.shares import owners_of
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
 from lora_da_core.types import Batch, LayerSpec
 
@@ -182,7 +184,8 @@ class Rounds:
                 done, left = [*done, left[0]], left[1:]
                 continue
             except Exception as error:
-                if not is_out_of_memory(error):
+                # Processes that share a run cannot start a part again one by one: the others wait for its sums.
+                if not is_out_of_memory(error) or task.world.size > 1:
                     raise
                 reason = reason_of(error)
             # Only here, where the error no longer holds what the attempt had in memory.
@@ -281,7 +284,9 @@ class Rounds:
         parts, statistics = self._components, estimates.statistics
         curvature = parts.allocator is not None and parts.allocator.needs_curvature
         solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
-        specs = {spec.name: spec for spec in wanted}
+        world, leaders = estimates.task.world, statistics.leaders()
+        owners = owners_of(wanted, leaders, world.size)
+        specs = {spec.name: spec for spec in wanted if owners[spec.name] == world.rank}
         solutions: dict[str, LayerSolution] = {}
         waiting: dict[tuple[int, int, torch.dtype, torch.device], list[PreparedLayer]] = {}
 
@@ -295,8 +300,7 @@ class Rounds:
         # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
         by_group: dict[str, list[str]] = {}
         for name in specs:
-            group = statistics.layers[name].group
-            by_group.setdefault(group.leader if group else name, []).append(name)
+            by_group.setdefault(leaders[name], []).append(name)
         for names in by_group.values():
             for name in names:
                 fisher = replace(statistics.of_layer(name), spec=specs[name])
@@ -312,4 +316,15 @@ class Rounds:
         for alike in waiting.values():
             if alike:
                 flush(alike)
-        return solutions
+        if world.size > 1:
+            solutions = _of_all(world, solutions, estimates.task.device_of)
+        return {spec.name: solutions[spec.name] for spec in wanted}
+
+
+def _of_all(
+    world: World, own: Mapping[str, LayerSolution], device_of: Callable[[str], torch.device]
+) -> dict[str, LayerSolution]:
+    """The solutions of all processes, on the devices of their layers."""
+    host = torch.device("cpu")
+    told = world.gather("solutions", {name: solution.to(host) for name, solution in own.items()})
+    return {name: solution.to(device_of(name)) for theirs in told for name, solution in theirs.items()}
