@@ -39,7 +39,7 @@ from lora_da_core.adapter_targets import (
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
-from lora_da_core.placement import weights_present
+from lora_da_core.placement import weights_present, whole
 from lora_da_core.types import Frozen, LoraFactors, Offset
 
 __all__ = [
@@ -311,7 +311,8 @@ def _check_written(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
     for key, parameter in parameters.items():
         if parameter.is_meta:
             raise AdapterError(f"{key} is still on the meta device after writing: the adapter would be lost.")
-        if not torch.equal(parameter.detach(), state[key].to(parameter.device, parameter.dtype)):
+        written = whole(parameter.detach())
+        if not torch.equal(written, state[key].to(written.device, written.dtype)):
             raise AdapterError(f"{key} holds other values than were written.")
 
 

@@ -12,6 +12,7 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,17 @@ class World:
         Args:
             phase: What for.
             tensors: Floating-point, on any devices.
+        """
+
+    def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
+        """Adds the processes' tensors, in place on one of them; what the others' hold afterwards is undefined.
+
+        Nobody waits to see whether all are there: it is meant for processes that gather each other's weights anyway.
+
+        Args:
+            phase: What for.
+            tensors: As `add` takes them.
+            owner: The rank that gets the sums.
         """
 
     def broadcast(
@@ -184,7 +196,10 @@ class Joined(World):
         return found
 
     def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._add(tensors))
+        self._collective(phase, lambda: self._add(tensors, partial(dist.all_reduce, group=self._group)))
+
+    def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
+        self._explained(phase, lambda: self._add(tensors, partial(dist.reduce, dst=owner, group=self._group)))
 
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
@@ -210,13 +225,13 @@ class Joined(World):
 
         return progress
 
-    def _add(self, tensors: Sequence[Tensor]) -> None:
+    def _add(self, tensors: Sequence[Tensor], reduce: Callable[..., Any]) -> None:
         """All collectives are begun before the first is waited for."""
         works: list[Any] = []
         scattered: list[tuple[Tensor, Tensor]] = []
 
         def begin(value: Tensor) -> None:
-            works.append(dist.all_reduce(value, group=self._group, async_op=True))
+            works.append(reduce(value, async_op=True))
 
         for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
@@ -239,6 +254,9 @@ class Joined(World):
     def _collective(self, phase: str, work: Callable[[], object]) -> None:
         # All are here before any begins, so that no collective waits for a process that is gone.
         self.exchange(phase, None)
+        self._explained(phase, work)
+
+    def _explained(self, phase: str, work: Callable[[], object]) -> None:
         try:
             work()
         except torch.OutOfMemoryError:

@@ -31,6 +31,7 @@ from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
 from lora_da_core.modes import quantization_notes
 from lora_da_core.passes import Names, divided_layers, input_groups
+from lora_da_core.placement import has_sharded_parts
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
@@ -224,6 +225,8 @@ class Pipeline:
     ) -> Estimates:
         from lora_da_core import adapter
 
+        if cache_dir is not None and world.size > 1 and has_sharded_parts(model):
+            raise OptionError("the statistics of a sharded model are divided among its processes; leave out cache_dir.")
         cache = None if cache_dir is None else StatisticsCache(Path(cache_dir))
         if cache is not None:
             cache.check()
@@ -344,6 +347,8 @@ class Pipeline:
         Returns:
             By layer.
         """
+        if estimates.task.custody is not None:
+            raise OptionError("a sharded model's statistics are divided among its processes: none has all Fishers.")
         config, estimator = self.config, self.components.estimator
         found = {}
         for spec in estimates.task.specs:

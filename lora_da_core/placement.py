@@ -149,7 +149,8 @@ def copied_tree(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
             sharded.append(module)
             memo[id(module)] = object.__new__(_unsharded_class(module))
     for module in sharded:
-        state = {**module.__dict__, **_own_hooks(module)}
+        kept = {key: value for key, value in module.__dict__.items() if not key.startswith("__composable_api_")}
+        state = {**kept, **_own_hooks(module)}
         memo[id(module)].__dict__ = copy.deepcopy(state, memo)
     return copy.deepcopy(model, memo)
 
@@ -157,6 +158,11 @@ def copied_tree(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the module itself."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def has_sharded_parts(model: nn.Module) -> bool:
+    """Whether processes must run the model together, since each holds a part of its weights."""
+    return any(is_sharded(module) for module in model.modules())
 
 
 def _unsharded_class(module: nn.Module) -> type[nn.Module]:
@@ -217,14 +223,13 @@ def offloaded_weights_reloaded(model: nn.Module) -> Iterator[None]:
     running: list[nn.Module] = []
 
     def enter(module: nn.Module, args: Any) -> None:
+        # There is no hook on what comes out, by which an objective would take a head for one that is watched.
+        running[:] = [each for each in running if not all(p.is_meta for _, p in _brought(each))]
         running.append(module)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        running.pop()
 
     def pack(tensor: Tensor) -> Tensor | _Reference:
         for module in running:
-            for name, parameter in module.named_parameters(recurse=_brings_parts(module)):
+            for name, parameter in _brought(module):
                 if _same_storage(parameter, tensor):
                     return _Reference(module, name, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor
@@ -239,14 +244,14 @@ def offloaded_weights_reloaded(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in offloaded:
             stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
         yield
 
 
-def _brings_parts(module: nn.Module) -> bool:
+def _brought(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that come in for an offloaded module's run: its own, or those of its parts too."""
     hook = offload_hook(module)
-    return hook is not None and bool(hook.place_submodules)
+    return module.named_parameters(recurse=hook is not None and bool(hook.place_submodules))
 
 
 def _same_storage(weight: Tensor, tensor: Tensor) -> bool:
@@ -280,4 +285,4 @@ def largest_module_bytes(model: nn.Module) -> int:
 
 
 def _own_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters(recurse=_brings_parts(module)))
+    return sum(parameter.nbytes for _, parameter in _brought(module))
