@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from lora_da_core.distributed import World
     from lora_da_core.models import LoadedModel
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import RunReport
@@ -130,7 +132,19 @@ def _root(
 
 
 def _init(options: InitOptions) -> None:
-    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
+    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter.
+
+    Under torchrun or accelerate launch the processes share the work, and the first one writes.
+    """
+    from lora_da_core.distributed import joined, launched
+
+    with launched(options.process_timeout) as device, joined(options.process_timeout) as world:
+        if device is not None and options.device == "auto":
+            options = replace(options, device=str(device))
+        _init_in(world, options)
+
+
+def _init_in(world: World, options: InitOptions) -> None:
     from lora_da_core import adapter, data, models, storage
     from lora_da_core.memory import parse_size
     from lora_da_core.progress import note, shown_progress
@@ -145,8 +159,10 @@ def _init(options: InitOptions) -> None:
         raise OptionError(str(error)) from error
     if options.max_memory is not None:
         parse_size(options.max_memory)
-        if options.cache_dir is not None or options.layers_per_pass is not None:
-            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
+        if options.layers_per_pass is not None:
+            raise OptionError("--max-memory does not go with --layers-per-pass; leave one out.")
+    if options.resume and options.cache_dir is not None:
+        raise OptionError("--cache-dir keeps the passes already; leave out --resume.")
     pipeline = _pipeline(options)
     if pipeline.config.offset != "none":
         raise OptionError(
@@ -172,7 +188,7 @@ def _init(options: InitOptions) -> None:
         base_model_name=options.model,
     )
 
-    log = _console(stderr=True)
+    log = _console(stderr=True, quiet=world.rank > 0)
     rows = data.load_rows(options.data, split=options.split)
     loaded = models.load_model(
         options.model,
@@ -200,9 +216,12 @@ def _init(options: InitOptions) -> None:
             batches,
             lora,
             on_progress=on_progress,
-            cache_dir=options.cache_dir,
+            cache_dir=options.passes_dir or options.cache_dir,
             max_memory=options.max_memory,
+            world=world,
         )
+    if world.rank:
+        return
     report = replace(result.report, notes=(*notes, *result.report.notes))
     fitted = adapter.allocated_config(lora, result.report.allocation)
     peft_model = adapter.apply(loaded.model, fitted, result.factors)
@@ -214,6 +233,8 @@ def _init(options: InitOptions) -> None:
         settings=options.recorded(),
         overwrite=options.overwrite,
     )
+    if options.passes_dir is not None:
+        shutil.rmtree(options.passes_dir)
     if options.plot:
         plot_spectra(report, options.output / PICTURE_FILE)
     _show(report, brief=len(report.layers) >= MANY_LAYERS)
@@ -380,10 +401,10 @@ def _show(report: RunReport, *, brief: bool = False) -> None:
         console.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
 
 
-def _console(*, stderr: bool = False) -> Console:
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, quiet=quiet)
 
 
 def _unexpected(error: Exception) -> str:

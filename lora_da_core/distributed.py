@@ -150,8 +150,7 @@ class Joined(World):
         ended = False
         try:
             self._roll_call.start()
-            self.exchange("start", None)
-            self._group = dist.new_group(backend=_backend(), timeout=timedelta(seconds=self._roll_call.timeout))
+            self._collective("start", self._connect)
             yield self
             self.exchange("end", None)
             ended = True
@@ -162,11 +161,11 @@ class Joined(World):
             raise
         finally:
             if not ended:
-                # Closed at once: another process may be waiting inside a collective.
-                self._close(abort=True)
+                # At once: another process may be waiting inside a collective.
+                self._close()
             self._roll_call.leave()
             if ended:
-                self._close(abort=False)
+                self._close()
 
     def exchange(self, phase: str, value: Any) -> list[Any]:
         return self._roll_call.exchange(phase, value)
@@ -196,10 +195,10 @@ class Joined(World):
         return found
 
     def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._add(tensors, partial(dist.all_reduce, group=self._group)))
+        self._collective(phase, lambda: self._add(phase, tensors, dist.all_reduce))
 
     def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
-        self._explained(phase, lambda: self._add(tensors, partial(dist.reduce, dst=owner, group=self._group)))
+        self._explained(phase, lambda: self._add(phase, tensors, partial(dist.reduce, dst=owner), watched=False))
 
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
@@ -211,11 +210,11 @@ class Joined(World):
         else:
             found = {name: _like(outline, device) for name, outline in outlines.items()}
 
-        self._collective(phase, lambda: self._send(list(found.values()), source))
+        self._collective(phase, lambda: self._send(phase, list(found.values()), source))
         return found
 
     def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._send(tensors, 0))
+        self._collective(phase, lambda: self._send(phase, tensors, 0))
 
     def watched(self, on_progress: Progress | None) -> Progress:
         def progress(phase: str, done: int, total: int) -> None:
@@ -225,13 +224,21 @@ class Joined(World):
 
         return progress
 
-    def _add(self, tensors: Sequence[Tensor], reduce: Callable[..., Any]) -> None:
-        """All collectives are begun before the first is waited for."""
+    def _connect(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._roll_call.timeout))
+
+    def _group_of(self, value: Tensor) -> Any:
+        """This run's own group, or for a GPU's tensors the process group itself, whose NCCL is set up already."""
+        nccl = value.is_cuda and "nccl" in str(dist.get_backend_config())
+        return None if nccl else self._group
+
+    def _add(self, phase: str, tensors: Sequence[Tensor], reduce: Callable[..., Any], *, watched: bool = True) -> None:
+        """All collectives are begun before the first is waited for; not `watched`, a GPU may still be at them."""
         works: list[Any] = []
         scattered: list[tuple[Tensor, Tensor]] = []
 
         def begin(value: Tensor) -> None:
-            works.append(reduce(value, async_op=True))
+            works.append(reduce(value, group=self._group_of(value), async_op=True))
 
         for bucket in _buckets(tensors):
             if len(bucket) == 1 and bucket[0].is_contiguous():
@@ -241,15 +248,18 @@ class Joined(World):
             begin(flat)
             parts = torch.split(flat, [value.numel() for value in bucket])
             scattered += [(value, part.view(value.shape)) for value, part in zip(bucket, parts, strict=True)]
-        for work in works:
-            self._finish(work)
+        if watched:
+            self._finish(phase, works)
+        else:
+            for work in works:
+                work.wait()
         for value, part in scattered:
             value.copy_(part)
 
-    def _send(self, tensors: Sequence[Tensor], source: int) -> None:
+    def _send(self, phase: str, tensors: Sequence[Tensor], source: int) -> None:
         sent = [value for value in tensors if value.numel()]
-        for work in [dist.broadcast(value, source, group=self._group, async_op=True) for value in sent]:
-            self._finish(work)
+        works = [dist.broadcast(value, source, group=self._group_of(value), async_op=True) for value in sent]
+        self._finish(phase, works)
 
     def _collective(self, phase: str, work: Callable[[], object]) -> None:
         # All are here before any begins, so that no collective waits for a process that is gone.
@@ -264,17 +274,15 @@ class Joined(World):
         except RuntimeError as error:
             self._roll_call.explain(phase, error)
 
-    def _finish(self, work: Any) -> None:
-        work.wait(timedelta(seconds=self._roll_call.timeout))
+    def _finish(self, phase: str, works: Sequence[Any]) -> None:
+        for work in works:
+            self._roll_call.wait_for(work.is_completed, phase)
+            work.wait()  # raises what went wrong, and lets a GPU's stream go on
 
-    def _close(self, *, abort: bool) -> None:
-        if self._group is None:
-            return
-        if abort:
-            with contextlib.suppress(RuntimeError):  # gloo has no abort; leaving it closes its connections
-                self._group.abort()
-        dist.destroy_process_group(self._group)
-        self._group = None
+    def _close(self) -> None:
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
 
 @contextlib.contextmanager
@@ -314,6 +322,7 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
 
     Raises:
         OptionError: There are more processes on this machine than GPUs.
+        RankError: Not all processes came.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield None
@@ -328,17 +337,21 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
             )
         torch.cuda.set_device(device)
     backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # another process is missing, or an environment variable
+        size = os.environ["WORLD_SIZE"]
+        raise RankError(f"the {size} processes could not be brought together: {str(error).splitlines()[0]}") from error
     try:
         yield device
+    except BaseException:
+        if device is not None:
+            # What is under way on the GPU waits for processes that have failed.
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        dist.destroy_process_group()
-
-
-def _backend() -> str:
-    """Serves tensors of the host, and of GPUs where the process group does."""
-    nccl = torch.cuda.is_available() and "nccl" in dist.get_backend_config()
-    return "cpu:gloo,cuda:nccl" if nccl else "gloo"
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _brief(value: Any) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_da_core.errors import RankError
@@ -73,6 +73,8 @@ class RollCall:
         with self._reached():
             self._store.set(names[self._rank], json.dumps([phase, value]))
             self._wait(names, phase)
+            # A process that comes late finds the values of one that has given up.
+            self._look_for_fault()
             told = [json.loads(text) for text in self._store.multi_get(names)]
             if number:
                 # All have come this far, so all have read what came before.
@@ -104,6 +106,28 @@ class RollCall:
         # What this process raises is the error itself.
         with contextlib.suppress(RankError), self._reached():
             self._tell(self._rank, text)
+
+    def wait_for(self, done: Callable[[], bool], phase: str) -> None:
+        """Waits for a collective, unless a process that takes part has failed or fallen silent.
+
+        Args:
+            done: Whether it has ended, in whatever way.
+            phase: Which collective.
+
+        Raises:
+            RankError: Another process failed or fell silent, or the time is over.
+        """
+        until, pause = time.monotonic() + self.timeout, FIRST_PAUSE
+        while not done():
+            with self._reached():
+                self._look_for_fault()
+                self._look_for_silence(self._others, phase)
+            if time.monotonic() > until:
+                self._fail(
+                    self._rank, f"could not complete {phase!r} within {self.timeout:g} s though every rank lives"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def explain(self, phase: str, error: Exception) -> None:
         """Finds out whose fault it is that a collective failed; always raises.

@@ -31,6 +31,23 @@ logger = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
 
+Keep = Callable[[CaptureTask, Sequence[Batch], Callable[[], Estimates]], Estimates]
+"""Gives the stored estimates of a task and batches, or has them made and stores them."""
+
+
+def keep_nothing(task: CaptureTask, batches: Sequence[Batch], compute: Callable[[], Estimates]) -> Estimates:
+    """Has the estimates made.
+
+    Args:
+        task: What is run.
+        batches: What it reads.
+        compute: Makes the estimates.
+
+    Returns:
+        They.
+    """
+    return compute()
+
 
 @dataclass
 class Record:
@@ -108,6 +125,7 @@ class Rounds:
         specs: All layers at their configured ranks.
         record: Told of notes and times.
         on_progress: Told of each phase's progress.
+        keep: Where the first round's estimates outlive the process.
     """
 
     def __init__(
@@ -118,7 +136,9 @@ class Rounds:
         specs: Sequence[LayerSpec],
         record: Record,
         on_progress: Progress | None,
+        keep: Keep = keep_nothing,
     ) -> None:
+        self._keep = keep
         self._registry, self._components, self._config = registry, components, config
         self._specs, self._record, self._on_progress = tuple(specs), record, on_progress
         allocator = components.allocator
@@ -173,12 +193,12 @@ class Rounds:
     def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
         """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
         seed, gradients = self._config.seed + number, None
-        if task.gradient.forward_only:
-            gradients = self._record.timed("gradient", lambda: forward_gradients(task, batches, seed))
         found: list[Round] = []
         done: list[Names] = []
         left: Sequence[Names] = self._parts
         while left:
+            if task.gradient.forward_only and gradients is None and len(done) + len(left) > 1:
+                gradients = self._record.timed("gradient", lambda: forward_gradients(task, batches, seed))
             try:
                 found.append(self._part(task, batches, number, left[0], gradients))
                 done, left = [*done, left[0]], left[1:]
@@ -209,7 +229,10 @@ class Rounds:
             specs=[spec for spec in task.specs if spec.name in wanted],
             beside=[spec for spec in task.specs if spec.name not in wanted],
         )
-        estimates = estimate(part, batches, self._config.seed + number, self._on_progress, gradients)
+        seed = self._config.seed + number
+        compute = functools.partial(estimate, part, batches, seed, self._on_progress, gradients)
+        # What later rounds see depends on the steps of the earlier ones.
+        estimates = compute() if number else self._keep(part, batches, compute)
         self._record.count(estimates.seconds)
         # What estimates note is logged already.
         self._record.notes += [note for note in estimates.notes if note not in self._record.notes]

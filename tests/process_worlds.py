@@ -43,12 +43,17 @@ class Worlds:
     def __init__(self) -> None:
         self._started: list[tuple[Any, list[Any], Any]] = []
 
-    def start(self, size: int, work: Callable[..., Any], *arguments: Any) -> int:
+    def start(self, size: int, work: Callable[..., Any], *arguments: Any, kept_by_rank_0: bool = False) -> int:
         """Starts `work(*arguments)` in each of `size` processes of one group; gives the group's number."""
-        store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+        store: Any = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+        port = store.port
+        if kept_by_rank_0:
+            store = None
         processes, queue = context(), context().SimpleQueue()
         group = [
-            processes.Process(target=_member, args=(rank, size, store.port, queue, work, arguments))
+            processes.Process(
+                target=_member, args=(rank, size, port, kept_by_rank_0 and not rank, queue, work, arguments)
+            )
             for rank in range(size)
         ]
         for process in group:
@@ -91,10 +96,12 @@ class Worlds:
                     process.kill()
 
 
-def _member(rank: int, size: int, port: int, queue: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _member(
+    rank: int, size: int, port: int, keeper: bool, queue: Any, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.TCPStore("127.0.0.1", port, None, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, None, is_master=keeper, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
     begun = time.monotonic()
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig
 from torch import nn
 
@@ -109,6 +110,33 @@ def shared() -> Iterator[dict[str, list[dict[str, Any]]]]:
         worlds.kill()
 
 
+def stored(cache_dir: Any) -> tuple[bool, list[tuple[str, str]]]:
+    """Whether rank 0's statistics came from a cache, and the digests."""
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", **PROJECTIONS)
+    model, batches = made_model("llama", torch.float64), make_batches(make_samples(8))
+    config = LoraDAConfig(gamma=64.0, layers_per_pass=3)
+    result = lora_da_core.build_pipeline(estimator="ekfac", config=config).run(
+        model, batches, lora, cache_dir=cache_dir
+    )
+    digests = [(layer.digest_A, layer.digest_B) for layer in result.report.layers]
+    return any("read from the cache" in note for note in result.report.notes), digests
+
+
+def stored_twice(cache_dir: Any) -> list[tuple[bool, list[tuple[str, str]]]]:
+    return [stored(cache_dir), stored(cache_dir)]
+
+
+def test_rank_0_reads_what_was_stored_for_all(tmp_path: Any) -> None:
+    worlds = Worlds()
+    try:
+        for (before, made), (after, read) in worlds.run(2, stored_twice, tmp_path):
+            assert (before, after) == (False, True) and made == read
+    finally:
+        worlds.kill()
+    # One process goes on with what two have stored.
+    assert stored(tmp_path) == (True, made)
+
+
 def largest_difference(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)) if expected.size else 0.0
 
@@ -145,6 +173,50 @@ def test_the_same_number_of_processes_gives_the_same_bytes_again(shared: dict[st
         assert found["bytes"] == shared["2"][0][name]["bytes"]
         for key, value in found["sums"].items():
             assert value.tobytes() == shared["2"][0][name]["sums"][key].tobytes(), key
+
+
+def trained(directory: Any) -> dict[str, Any]:
+    """A Trainer's start, as its launcher would have its processes compute it."""
+    import os
+
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    if dist.is_initialized():
+        names = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
+        os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="localhost", MASTER_PORT="1")
+    model = get_peft_model(made_model("llama", torch.float64), LoraConfig(r=2, task_type="CAUSAL_LM", **PROJECTIONS))
+    rows = [{key: value[0] for key, value in batch.items()} for batch in make_batches(make_samples(20), 1)]
+    arguments = TrainingArguments(str(directory), per_device_train_batch_size=2, use_cpu=True, report_to="none", seed=3)
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=padded)
+    pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(gamma=64.0, samples=8))
+    report = lora_da_core.init_before_training(trainer, pipeline=pipeline)
+    state = {name: value.detach().numpy() for name, value in model.named_parameters() if "lora_" in name}
+    return {"state": state, "samples": report.samples, "loss": report.loss, "notes": report.notes}
+
+
+def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    pad = torch.nn.utils.rnn.pad_sequence
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {key: pad([row[key] for row in rows], batch_first=True, padding_value=fill) for key, fill in fills.items()}
+
+
+def test_a_trainers_processes_share_its_start(tmp_path: Any) -> None:
+    worlds = Worlds()
+    try:
+        first, second = worlds.run(2, trained, tmp_path)
+    finally:
+        worlds.kill()
+    alone = trained(tmp_path)
+    assert first["samples"] == alone["samples"] == 8 and first["loss"] == pytest.approx(alone["loss"], rel=1e-9)
+    assert "2 processes shared the run" in first["notes"]
+    for name, value in alone["state"].items():
+        assert first["state"][name].tobytes() == second["state"][name].tobytes()
+        assert bool(value.any()) and first["state"][name].shape == value.shape
+    for name in [name for name in alone["state"] if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        expected = alone["state"][other] @ alone["state"][name]
+        assert largest_difference(first["state"][other] @ first["state"][name], expected) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 40])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,7 +168,7 @@ def adapters() -> dict[str, Any]:
         logits = model(input_ids=batches[0]["input_ids"]).logits.numpy()
     refused = []
     for attempt in (
-        lambda: pipeline.estimate(sharded(whole_model()), batches, lora(), cache_dir="unused"),
+        lambda: pipeline.estimate(sharded(whole_model()), batches, lora(), cache_dir=tempfile.mkdtemp()),
         lambda: pipeline.fishers(pipeline.estimate(sharded(whole_model()), batches, lora())),
         lambda: build({"config": LoraDAConfig(offset="base")}).run(sharded(whole_model()), batches, lora()),
     ):
