@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_da_core.ablation.command import AblateOptions, ablate
+from lora_da_core.cli_memory import needed_offload
 from lora_da_core.cli_options import InitOptions, command_of, module_names
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.errors import LoraDAError, OptionError, StorageError
@@ -190,7 +191,11 @@ def _init_in(world: World, options: InitOptions) -> None:
     log = _console(stderr=True, quiet=world.rank > 0)
     rows = data.load_rows(options.data, split=options.split)
     loaded = models.load_model(
-        options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        offload=needed_offload(options, pipeline, lora, rows, text),
     )
     samples = data.encode_text(rows, loaded.tokenizer, text, model_limit=loaded.max_positions)
     notes = [*loaded.notes, *samples.notes]

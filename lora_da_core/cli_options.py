@@ -273,9 +273,17 @@ class InitOptions:
         _option(
             _RUN,
             "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes "
-            "('lora-da plan' tells how many).",
+            "('lora-da plan' tells how many), and what does not fit of the model's weights is offloaded.",
             metavar="SIZE",
             show_default="none",
+        ),
+    ] = None
+    offload_dir: Annotated[
+        Path | None,
+        _option(
+            _RUN,
+            "Where offloaded weights go that cannot be read from the checkpoint's own files.",
+            show_default="the system's temporary directory",
         ),
     ] = None
     layers_per_pass: Annotated[

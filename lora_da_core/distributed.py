@@ -13,6 +13,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,17 @@ class World:
         Args:
             phase: What for.
             tensors: Floating-point, on any devices.
+        """
+
+    def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
+        """Adds the processes' tensors, in place on one of them; what the others' hold afterwards is undefined.
+
+        Nobody waits to see whether all are there: it is meant for processes that gather each other's weights anyway.
+
+        Args:
+            phase: What for.
+            tensors: As `add` takes them.
+            owner: The rank that gets the sums.
         """
 
     def broadcast(
@@ -187,7 +199,10 @@ class Joined(World):
         return found
 
     def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._add(phase, tensors))
+        self._collective(phase, lambda: self._add(phase, tensors, dist.all_reduce))
+
+    def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
+        self._explained(phase, lambda: self._add(phase, tensors, partial(dist.reduce, dst=owner), watched=False))
 
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
@@ -225,25 +240,30 @@ class Joined(World):
         nccl = value.is_cuda and "nccl" in str(dist.get_backend_config())
         return None if nccl else self._group
 
-    def _add(self, phase: str, tensors: Sequence[Tensor]) -> None:
+    def _add(self, phase: str, tensors: Sequence[Tensor], reduce: Callable[..., Any], *, watched: bool = True) -> None:
+        """Adds bucket by bucket, a few at a time; not `watched`, a GPU may still be at them afterwards."""
         begun: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
+
+        def take() -> None:
+            work, flat, bucket = begun.popleft()
+            if watched:
+                self._finish(phase, [work])
+            else:
+                work.wait()
+            start = 0
+            for value in bucket:
+                value.copy_(flat[start : start + value.numel()].view(value.shape))
+                start += value.numel()
+
         for bucket in _buckets(tensors):
             in_place = len(bucket) == 1 and bucket[0].is_contiguous()
             flat = bucket[0] if in_place else torch.cat([value.flatten() for value in bucket])
-            work = dist.all_reduce(flat, group=self._group_of(flat), async_op=True)
+            work = reduce(flat, group=self._group_of(flat), async_op=True)
             begun.append((work, flat, [] if in_place else bucket))
             if len(begun) == UNDER_WAY:
-                self._take(phase, *begun.popleft())
-        for each in begun:
-            self._take(phase, *each)
-
-    def _take(self, phase: str, work: Any, flat: Tensor, bucket: Sequence[Tensor]) -> None:
-        """Waits for one collective and brings its sums to where they belong."""
-        self._finish(phase, [work])
-        start = 0
-        for value in bucket:
-            value.copy_(flat[start : start + value.numel()].view(value.shape))
-            start += value.numel()
+                take()
+        while begun:
+            take()
 
     def _send(self, phase: str, tensors: Sequence[Tensor], source: int) -> None:
         sent = [value for value in tensors if value.numel()]
@@ -253,6 +273,9 @@ class Joined(World):
     def _collective(self, phase: str, work: Callable[[], object]) -> None:
         # All are here before any begins, so that no collective waits for a process that is gone.
         self.exchange(phase, None)
+        self._explained(phase, work)
+
+    def _explained(self, phase: str, work: Callable[[], object]) -> None:
         try:
             work()
         except torch.OutOfMemoryError:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from lora_da_core import capture
 from lora_da_core.batches import to_device
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress
+from lora_da_core.custody import Custody
 from lora_da_core.errors import DataError, PluginError
 from lora_da_core.interfaces import Objective
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
+from lora_da_core.passes import input_groups
+from lora_da_core.placement import has_sharded_parts
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.running_sums import Statistics
 from lora_da_core.types import Batch, LayerSpec
@@ -134,6 +137,7 @@ def estimate(
     """
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
+    task = _in_custody(task, batches)
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
     notes = check_tokens(task.specs, statistics)
@@ -146,6 +150,18 @@ def estimate(
     for note in notes:
         logger.warning("%s", note)
     return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
+
+
+def _in_custody(task: CaptureTask, batches: Sequence[Batch]) -> CaptureTask:
+    """The task with its layers divided among the processes, where these must run a sharded model together."""
+    if task.world.size == 1 or not has_sharded_parts(task.model):
+        return task
+    estimator, gradient = task.estimator, task.gradient
+    # Sums that are added batch by batch must be of one pass, and found in the same order on all processes.
+    adds = estimator.additive and estimator.passes == 1 and (gradient.forward_only or gradient.additive)
+    alike = estimator.labels != "exact" and all(spec.expert is None for spec in task.specs)
+    groups = input_groups(task, batches)
+    return replace(task, custody=Custody.of(task.specs, groups, task.world.size, adds=adds and alike))
 
 
 def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) -> dict[str, dict[str, Tensor]]:

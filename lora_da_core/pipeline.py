@@ -31,6 +31,7 @@ from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
 from lora_da_core.modes import quantization_notes
 from lora_da_core.passes import Names, divided_layers, input_groups
+from lora_da_core.placement import has_sharded_parts
 from lora_da_core.registry import Registry
 from lora_da_core.rounds import Keep, keep_nothing
 from lora_da_core.sizing import SEARCH_SAMPLES
@@ -218,6 +219,8 @@ class Pipeline:
         def keep(task: CaptureTask, batches: Sequence[Batch], compute: Callable[[], Estimates]) -> Estimates:
             from lora_da_core import adapter
 
+            if task.world.size > 1 and has_sharded_parts(task.model):
+                raise OptionError("a sharded model's statistics are divided among its processes; leave out cache_dir.")
             identity = Identity.of(task, batches, seed=self.config.seed, base=adapter.fingerprint(task.model))
             return cache.estimates(identity, task, batches, compute)
 
@@ -321,6 +324,8 @@ class Pipeline:
         Returns:
             By layer.
         """
+        if estimates.task.custody is not None:
+            raise OptionError("a sharded model's statistics are divided among its processes: none has all Fishers.")
         config, estimator = self.config, self.components.estimator
         found = {}
         for spec in estimates.task.specs:

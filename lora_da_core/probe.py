@@ -16,7 +16,7 @@ from lora_da_core.interfaces import LossProbe
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
-from lora_da_core.shares import share_of
+from lora_da_core.placement import weights_present, whole
 from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
@@ -29,7 +29,8 @@ class LowRankProbe(LossProbe):
 
     def __init__(self, task: CaptureTask, batches: Sequence[Batch]) -> None:
         self._task = task
-        self._batches = [batch for _, batch in share_of(batches, task.world.rank, task.world.size).batches]
+        share = task.share(batches)
+        self._batches, self._idle = [batch for _, batch in share.batches], share.idle
         self._changes: Mapping[str, LinearMap] = {}
         self._specs = {spec.name: spec for spec in task.specs}
         self._look: Callable[[Call], None] | None = None
@@ -65,6 +66,7 @@ class LowRankProbe(LossProbe):
                     for batch in (labelled_part(self._task.objective, batch) for batch in self._batches)
                     if batch is not None
                 ]
+                self._run_idle()
         finally:
             self._changes = {}
         # As lists, so that the sum that follows is taken in the same order on every process.
@@ -91,17 +93,26 @@ class LowRankProbe(LossProbe):
                         self._task.objective.losses(self._task.model, to_device(part, self._task.device))
                 finally:
                     self._look = None
+        with torch.no_grad():
+            self._run_idle()
         told = self._task.world.exchange("energies", {name: found.tolist() for name, found in sums.items()})
         whole = {name: [sum(theirs[name][place] for theirs in told) for place in range(2)] for name in sums}
         return {name: (float(found[0]), float(found[1])) for name, found in whole.items()}
+
+    def _run_idle(self) -> None:
+        """Runs what other processes need this one to run, to gather weights with it."""
+        for batch in self._idle:
+            self._task.objective.losses(self._task.model, to_device(batch, self._task.device))
 
     def weights(self, layer: str) -> Tensor:
         module, kind = self._task.modules[layer], self._specs[layer].kind
         if kind not in ("linear", "conv1d"):
             raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
-        stored = getattr(module, "weight", None)
-        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
-            return stored.detach() if kind == "linear" else stored.detach().mT
+        with weights_present(module):
+            stored = getattr(module, "weight", None)
+            if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
+                found = whole(stored.detach())
+                return found if kind == "linear" else found.mT
         # Packed weights are only known by what they do: W is the answer to the unit vectors.
         device, _ = self.place(layer)
         unit = torch.eye(self._specs[layer].in_features, device=device, dtype=torch.bfloat16)

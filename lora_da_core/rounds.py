@@ -276,7 +276,7 @@ class Rounds:
             specs=tuple(specs),
             solutions=solutions,
             tokens={spec.name: sums.layers[spec.name].tokens for spec in specs},
-            gradient={spec.name: estimates.diagnostics(spec) for spec in specs},
+            gradient=_diagnostics(estimates, specs),
             samples=sums.samples,
             label_tokens=sums.label_tokens,
             loss_sum=sums.loss_sum,
@@ -308,7 +308,8 @@ class Rounds:
         curvature = parts.allocator is not None and parts.allocator.needs_curvature
         solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
         world, leaders = estimates.task.world, statistics.leaders()
-        owners = owners_of(wanted, leaders, world.size)
+        custody = estimates.task.custody
+        owners = owners_of(wanted, leaders, world.size) if custody is None else custody.owners
         specs = {spec.name: spec for spec in wanted if owners[spec.name] == world.rank}
         solutions: dict[str, LayerSolution] = {}
         waiting: dict[tuple[int, int, torch.dtype, torch.device], list[PreparedLayer]] = {}
@@ -342,6 +343,16 @@ class Rounds:
         if world.size > 1:
             solutions = _of_all(world, solutions, estimates.task.device_of)
         return {spec.name: solutions[spec.name] for spec in wanted}
+
+
+def _diagnostics(estimates: Estimates, specs: Sequence[LayerSpec]) -> dict[str, dict[str, float]]:
+    """What the gradient estimator says of its own error, by layer, from whoever has a layer's sums."""
+    world, custody = estimates.task.world, estimates.task.custody
+    if custody is None:
+        return {spec.name: estimates.diagnostics(spec) for spec in specs}
+    own = {spec.name: estimates.diagnostics(spec) for spec in specs if custody.owners[spec.name] == world.rank}
+    told = world.exchange("errors of gradients", own)
+    return {spec.name: told[custody.owners[spec.name]][spec.name] for spec in specs}
 
 
 def _of_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,14 @@ class Share:
         owners: Rank of every sample of the data, (samples,), ascending.
         rank: The process.
         drawn: Random numbers that each sample takes in a pass, (samples,); None where none are drawn.
+        idle: Batches to run after its own that no result depends on, since other processes have more.
     """
 
     batches: Sequence[tuple[int, Batch]]
     owners: Tensor
     rank: int
     drawn: Tensor | None = None
+    idle: Sequence[Batch] = ()
 
     @contextlib.contextmanager
     def draws(self, generator: torch.Generator) -> Iterator[None]:
@@ -67,6 +69,23 @@ def share_of(batches: Sequence[Batch], rank: int, size: int) -> Share:
             found.append((number, batch if len(rows) == count else take_rows(batch, rows)))
         start += count
     return Share(found, owners, rank)
+
+
+def even_share(batches: Sequence[Batch], rank: int, size: int) -> Share:
+    """As `share_of`, but every process has as many batches to run.
+
+    Args:
+        batches: All the data, every sample with a label.
+        rank: The process.
+        size: How many processes there are.
+
+    Returns:
+        Its share, with its first sample of all as often as it takes to have as many batches as the busiest process.
+    """
+    shares = [share_of(batches, each, size) for each in range(size)]
+    most = max(len(share.batches) for share in shares)
+    stand_in = take_rows(batches[0], torch.zeros(1, dtype=torch.int64)) if batches else {}
+    return replace(shares[rank], idle=[stand_in] * (most - len(shares[rank].batches)))
 
 
 def _width(batch: Batch) -> int:
