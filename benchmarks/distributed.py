@@ -158,24 +158,27 @@ def _sum_differences(
     alone: Any, together: Any, model: Any, batches: list[dict[str, Tensor]], lora: LoraConfig
 ) -> dict[str, Any]:
     """How far sums of all processes lie from one's, relative to the largest of each tensor; on rank 0."""
-    expected = _sums(alone.estimate(model, batches, lora)) if _first() else {}
+    expected = {}
+    if _first():
+        expected = {name: value.cpu() for name, value in _sums(alone.estimate(model, batches, lora)).items()}
     gc.collect()
     dist.barrier()
     found = _sums(together.estimate(model, batches, lora))
-    differences = {
-        name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in expected.items()
-    }
+    differences = {}
+    for name, value in expected.items():
+        mine = value.to(found[name].device)
+        differences[name] = float((found[name] - mine).abs().max() / mine.abs().max())
     return _summary(differences)
 
 
 def _sums(estimates: Any) -> dict[str, Tensor]:
-    """Every sum, on the host."""
+    """Every sum, where it lies."""
     found = {}
     for name, layer in estimates.statistics.layers.items():
         parts = {"layer": layer.fisher.statistics(), "input": layer.group.accumulator.statistics()}
         for role, values in {**parts, "gradient": estimates.gradient_sums[name]}.items():
             if role != "input" or layer.group.leader == name:
-                found.update({f"{name} {role} {key}": value.cpu() for key, value in values.items()})
+                found.update({f"{name} {role} {key}": value for key, value in values.items()})
     return found
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from torch import Tensor
 from lora_da_core.errors import OptionError, RankError
 from lora_da_core.roll_call import RollCall
 
-BUCKET_BYTES = 2**26
-"""Bytes of small tensors that are added in one collective; a larger tensor goes alone, where it lies."""
+BUCKET_BYTES = 2**24
+"""Bytes of small tensors that are added in one collective; one of a sixteenth of that goes alone, where it lies."""
+
+UNDER_WAY = 8
+"""Collectives that are begun before the first of them is waited for."""
 
 DIFFERENCES = 5
 """How many differences between two processes an error lists."""
@@ -109,7 +112,7 @@ class World:
 
         Args:
             phase: What for.
-            tensors: On any devices, contiguous.
+            tensors: On any devices.
         """
 
     def watched(self, on_progress: Progress | None) -> Progress | None:
@@ -195,10 +198,10 @@ class Joined(World):
         return found
 
     def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._add(phase, tensors, dist.all_reduce))
+        self._collective(phase, lambda: self._add(phase, tensors))
 
     def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
-        self._explained(phase, lambda: self._add(phase, tensors, partial(dist.reduce, dst=owner), watched=False))
+        self._explained(phase, lambda: self._add_at(tensors, owner))
 
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
@@ -214,11 +217,15 @@ class Joined(World):
         return found
 
     def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._send(phase, tensors, 0))
+        whole = [value if value.is_contiguous() else value.contiguous() for value in tensors]
+        self._collective(phase, lambda: self._send(phase, whole, 0))
+        for value, sent in zip(tensors, whole, strict=True):
+            if value is not sent:
+                value.copy_(sent)
 
     def watched(self, on_progress: Progress | None) -> Progress:
         def progress(phase: str, done: int, total: int) -> None:
-            self._roll_call.look()
+            self._roll_call.look(phase)
             if on_progress is not None:
                 on_progress(phase, done, total)
 
@@ -232,29 +239,34 @@ class Joined(World):
         nccl = value.is_cuda and "nccl" in str(dist.get_backend_config())
         return None if nccl else self._group
 
-    def _add(self, phase: str, tensors: Sequence[Tensor], reduce: Callable[..., Any], *, watched: bool = True) -> None:
-        """All collectives are begun before the first is waited for; not `watched`, a GPU may still be at them."""
-        works: list[Any] = []
-        scattered: list[tuple[Tensor, Tensor]] = []
+    def _add_at(self, tensors: Sequence[Tensor], owner: int) -> None:
+        parts = [(value, value.contiguous()) for value in tensors if value.numel()]
+        works = [dist.reduce(part, owner, group=self._group_of(part), async_op=True) for _, part in parts]
+        for work in works:
+            work.wait()  # a GPU's own stream waits, not this process
+        for value, part in parts:
+            if part.data_ptr() != value.data_ptr():
+                value.copy_(part)
 
-        def begin(value: Tensor) -> None:
-            works.append(reduce(value, group=self._group_of(value), async_op=True))
-
+    def _add(self, phase: str, tensors: Sequence[Tensor]) -> None:
+        begun: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
         for bucket in _buckets(tensors):
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                begin(bucket[0])
-                continue
-            flat = torch.cat([value.flatten() for value in bucket])
-            begin(flat)
-            parts = torch.split(flat, [value.numel() for value in bucket])
-            scattered += [(value, part.view(value.shape)) for value, part in zip(bucket, parts, strict=True)]
-        if watched:
-            self._finish(phase, works)
-        else:
-            for work in works:
-                work.wait()
-        for value, part in scattered:
-            value.copy_(part)
+            in_place = len(bucket) == 1 and bucket[0].is_contiguous()
+            flat = bucket[0] if in_place else torch.cat([value.flatten() for value in bucket])
+            work = dist.all_reduce(flat, group=self._group_of(flat), async_op=True)
+            begun.append((work, flat, [] if in_place else bucket))
+            if len(begun) == UNDER_WAY:
+                self._take(phase, *begun.popleft())
+        for each in begun:
+            self._take(phase, *each)
+
+    def _take(self, phase: str, work: Any, flat: Tensor, bucket: Sequence[Tensor]) -> None:
+        """Waits for one collective and brings its sums to where they belong."""
+        self._finish(phase, [work])
+        start = 0
+        for value in bucket:
+            value.copy_(flat[start : start + value.numel()].view(value.shape))
+            start += value.numel()
 
     def _send(self, phase: str, tensors: Sequence[Tensor], source: int) -> None:
         sent = [value for value in tensors if value.numel()]
@@ -295,6 +307,9 @@ def joined(timeout: float) -> Iterator[World]:
 
     Yields:
         The world. What one process raises within makes the others raise a `RankError` that names it.
+
+    Raises:
+        OptionError: This torch is too old.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
@@ -303,6 +318,11 @@ def joined(timeout: float) -> Iterator[World]:
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     rank, size, store = dist.get_rank(), dist.get_world_size(), _get_default_store()
+    if not hasattr(store, "clone"):
+        raise OptionError(
+            f"torch {torch.__version__} is too old to share a run among {size} processes; take a newer one, or let "
+            "each work by itself (distributed='off')."
+        )
     # Every process counts its own runs, so that the keys of two runs never meet.
     number = store.add(f"lora_da/runs/{rank}", 1)
     roll_call = RollCall(PrefixStore(f"lora_da/{number}", store), rank, size, timeout)
@@ -368,16 +388,20 @@ def _like(outline: Sequence[Any], device: torch.device) -> Tensor:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, up to `BUCKET_BYTES` together."""
+    """Small neighbours of one dtype and device together, large tensors alone."""
     bucket: list[Tensor] = []
     held = 0
     for value in tensors:
         if not value.numel():
             continue
+        alone = value.nbytes >= BUCKET_BYTES // 16
         alike = bucket and (value.dtype, value.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not alike or held + value.nbytes > BUCKET_BYTES):
+        if bucket and (alone or not alike or held + value.nbytes > BUCKET_BYTES):
             yield bucket
             bucket, held = [], 0
+        if alone:
+            yield [value]
+            continue
         bucket.append(value)
         held += value.nbytes
     if bucket:

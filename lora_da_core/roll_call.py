@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_da_core.errors import RankError
@@ -19,6 +19,9 @@ LONGEST_SILENCE = 30.0
 
 BEATS = 5
 """Signs of life that a process gives in the time after which it would count as killed."""
+
+LOOKS = 20
+"""How often a process listens for the others in the time after which one would count as killed."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.0005, 0.05
 """Seconds between two looks at the store, from the first of a wait on."""
@@ -41,7 +44,7 @@ class RollCall:
         self._store, self._rank, self._size, self.timeout = store, rank, size, timeout
         self.silence = min(LONGEST_SILENCE, timeout / 10)
         self._count = 0
-        self._last_look = 0.0
+        self._last_look = self._last_listened = 0.0
         self._heard: dict[int, tuple[bytes, float]] = {}
         self._lost: set[int] = set()
         self._ended = threading.Event()
@@ -84,17 +87,21 @@ class RollCall:
                 self._fail(rank, f"is at {theirs!r} where rank 0 is at {told[0][0]!r}: it was started differently")
         return [each for _, each in told]
 
-    def look(self) -> None:
-        """Stops this process if another has failed; cheap enough for every batch.
+    def look(self, phase: str) -> None:
+        """Stops this process if another has failed or fallen silent; cheap enough for every batch.
+
+        Args:
+            phase: Where this process is.
 
         Raises:
-            RankError: Another process has failed.
+            RankError: Another process has failed or fallen silent.
         """
         now = time.monotonic()
         if now - self._last_look >= LONGEST_PAUSE:
             self._last_look = now
             with self._reached():
                 self._look_for_fault()
+                self._listen(self._others, phase)
 
     def report(self, error: BaseException) -> None:
         """Tells the others that this process failed, unless another has failed before.
@@ -121,7 +128,7 @@ class RollCall:
         while not done():
             with self._reached():
                 self._look_for_fault()
-                self._look_for_silence(self._others, phase)
+                self._listen(self._others, phase)
             if time.monotonic() > until:
                 self._fail(
                     self._rank, f"could not complete {phase!r} within {self.timeout:g} s though every rank lives"
@@ -143,7 +150,7 @@ class RollCall:
         with self._reached():
             while time.monotonic() < until:
                 self._look_for_fault()
-                self._look_for_silence(self._others, phase)
+                self._listen(self._others, phase)
                 time.sleep(LONGEST_PAUSE)
         self._fail(self._rank, f"could not complete {phase!r} though every process lives: {error}")
 
@@ -178,11 +185,13 @@ class RollCall:
         until, pause = time.monotonic() + self.timeout, FIRST_PAUSE
         while not self._store.check(names):
             self._look_for_fault()
-            missing = [rank for rank in self._others if not self._store.check([names[rank]])]
-            self._look_for_silence(missing, phase)
-            if missing and time.monotonic() > until:
-                hint = "; is it waiting for something, or was only part of the ranks started?"
-                self._fail(missing[0], f"did not reach {phase!r} within {self.timeout:g} s{hint}")
+            late = time.monotonic() > until
+            if late or self._is_time_to_listen():
+                missing = [rank for rank in self._others if not self._store.check([names[rank]])]
+                self._listen(missing, phase)
+                if late and missing:
+                    hint = "is it waiting for something, or was only part of the ranks started?"
+                    self._fail(missing[0], f"did not reach {phase!r} within {self.timeout:g} s; {hint}")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -190,13 +199,19 @@ class RollCall:
         if self._store.check(["fault"]):
             self._raise(json.loads(self._store.get("fault")))
 
-    def _look_for_silence(self, ranks: Collection[int], phase: str) -> None:
-        now = time.monotonic()
-        for rank in ranks:
-            name = f"beat/{rank}"
-            if not self._store.check([name]):  # not yet started
-                continue
-            beat = self._store.get(name)
+    def _is_time_to_listen(self) -> bool:
+        return time.monotonic() - self._last_listened >= self.silence / LOOKS
+
+    def _listen(self, ranks: Sequence[int], phase: str) -> None:
+        """Fails if one of these has given no sign of life for too long, as far as this process has listened."""
+        if not ranks or not self._is_time_to_listen():
+            return
+        now = self._last_listened = time.monotonic()
+        names = [f"beat/{rank}" for rank in ranks]
+        # One that has not yet started gives none.
+        started = ranks if self._store.check(names) else [rank for rank in ranks if self._store.check([f"beat/{rank}"])]
+        beats = self._store.multi_get([f"beat/{rank}" for rank in started]) if started else []
+        for rank, beat in zip(started, beats, strict=True):
             if rank not in self._heard or self._heard[rank][0] != beat:
                 self._heard[rank] = (beat, now)
             elif now - self._heard[rank][1] > self.silence:

@@ -209,6 +209,27 @@ def test_ranks_out_of_step_and_faults_between_batches(worlds: Worlds) -> None:
     assert first[1][0] < 500 and first[1][1] == "rank 1 of 2 failed: ValueError: out of luck"
 
 
+def die_between_batches() -> str:
+    """Rank 1 dies while rank 0 is at work and waits for nobody."""
+    try:
+        with joined(TIMEOUT) as world:
+            if world.rank == 1:
+                die()
+            watched = world.watched(None)
+            assert watched is not None
+            for done in range(10 * NOTICED):
+                time.sleep(0.1)
+                watched("statistics", done, 10 * NOTICED)
+    except lora_da_core.RankError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_dies_is_missed_before_anyone_waits_for_it(worlds: Worlds) -> None:
+    first, _ = worlds.endings(worlds.start(2, die_between_batches))
+    assert first.value.startswith("rank 1 of 2 was killed or lost: no sign of life for 4 s, at 'statistics'")
+
+
 def lose_the_store() -> None:
     with joined(TIMEOUT) as world:
         if world.rank == 0:
