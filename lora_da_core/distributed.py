@@ -13,7 +13,6 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -199,10 +198,10 @@ class Joined(World):
         return found
 
     def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        self._collective(phase, lambda: self._add(phase, tensors, dist.all_reduce))
+        self._collective(phase, lambda: self._add(phase, tensors))
 
     def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
-        self._explained(phase, lambda: self._add(phase, tensors, partial(dist.reduce, dst=owner), watched=False))
+        self._explained(phase, lambda: self._add_at(tensors, owner))
 
     def broadcast(
         self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
@@ -240,30 +239,34 @@ class Joined(World):
         nccl = value.is_cuda and "nccl" in str(dist.get_backend_config())
         return None if nccl else self._group
 
-    def _add(self, phase: str, tensors: Sequence[Tensor], reduce: Callable[..., Any], *, watched: bool = True) -> None:
-        """Adds bucket by bucket, a few at a time; not `watched`, a GPU may still be at them afterwards."""
+    def _add_at(self, tensors: Sequence[Tensor], owner: int) -> None:
+        parts = [(value, value.contiguous()) for value in tensors if value.numel()]
+        works = [dist.reduce(part, owner, group=self._group_of(part), async_op=True) for _, part in parts]
+        for work in works:
+            work.wait()  # a GPU's own stream waits, not this process
+        for value, part in parts:
+            if part.data_ptr() != value.data_ptr():
+                value.copy_(part)
+
+    def _add(self, phase: str, tensors: Sequence[Tensor]) -> None:
         begun: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
-
-        def take() -> None:
-            work, flat, bucket = begun.popleft()
-            if watched:
-                self._finish(phase, [work])
-            else:
-                work.wait()
-            start = 0
-            for value in bucket:
-                value.copy_(flat[start : start + value.numel()].view(value.shape))
-                start += value.numel()
-
         for bucket in _buckets(tensors):
             in_place = len(bucket) == 1 and bucket[0].is_contiguous()
             flat = bucket[0] if in_place else torch.cat([value.flatten() for value in bucket])
-            work = reduce(flat, group=self._group_of(flat), async_op=True)
+            work = dist.all_reduce(flat, group=self._group_of(flat), async_op=True)
             begun.append((work, flat, [] if in_place else bucket))
             if len(begun) == UNDER_WAY:
-                take()
-        while begun:
-            take()
+                self._take(phase, *begun.popleft())
+        for each in begun:
+            self._take(phase, *each)
+
+    def _take(self, phase: str, work: Any, flat: Tensor, bucket: Sequence[Tensor]) -> None:
+        """Waits for one collective and brings its sums to where they belong."""
+        self._finish(phase, [work])
+        start = 0
+        for value in bucket:
+            value.copy_(flat[start : start + value.numel()].view(value.shape))
+            start += value.numel()
 
     def _send(self, phase: str, tensors: Sequence[Tensor], source: int) -> None:
         sent = [value for value in tensors if value.numel()]
