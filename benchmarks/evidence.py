@@ -11,6 +11,7 @@ it had not finished, and the same command goes on from there.
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import shutil
@@ -82,6 +83,9 @@ def share_threads(processes: int) -> None:
 def _one_seed(grid: str, output: str, changes: dict[str, Any], fused: bool, seed: int) -> None:
     if fused and torch.cuda.is_available():
         use_fused_kernels()
+    # A cell is recorded when it is fine-tuned; how its initialisation fares is worth a line before that.
+    logging.basicConfig(format=f"seed {seed}: %(message)s")
+    logging.getLogger("lora_da_core.ablation.cells").setLevel(logging.INFO)
     start = time.perf_counter()
 
     def tell(record: dict[str, Any], done: int, total: int) -> None:

@@ -1,7 +1,7 @@
 """Initialises an adapter and trains it in a loop of one's own with accelerate, alone or on several processes.
 
-Every process computes the same start from the same first samples, before the model is prepared; accelerate then
-shards the batches. Without options, the demo model and data.
+All processes are given the same first samples and share the computing of the start, before the model is prepared;
+accelerate then shards the batches. Without options, the demo model and data.
 
     python examples/accelerate_loop.py [--steps 10] [--samples 32] [--model DIR] [--data FILE] [--output DIR]
 """

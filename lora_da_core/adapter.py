@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from lora_da_core.adapter_factors import (
     fault,
     held_factors,
     lora_layers,
+    materialise,
+    own_parameters,
     saved_keys,
 )
 from lora_da_core.adapter_start import check_start, settle
@@ -38,6 +40,7 @@ from lora_da_core.adapter_targets import (
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
+from lora_da_core.placement import weights_present, whole
 from lora_da_core.types import Frozen, LoraFactors, Offset
 
 __all__ = [
@@ -222,7 +225,7 @@ def write(model: PeftModel, state: Mapping[str, Tensor], adapter_name: str = "de
     before = [saved for layer in (*layers, *tokens) for saved in _snapshot(layer, adapter_name)]
     try:
         for layer in layers:
-            _materialise(layer, adapter_name, model.peft_config[adapter_name].init_lora_weights)
+            materialise(layer, adapter_name, model.peft_config[adapter_name].init_lora_weights)
         for module in tokens:
             _start_tokens(module, adapter_name)
         complete = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -260,39 +263,8 @@ def _trains_tokens(module: nn.Module, adapter_name: str) -> bool:
     return isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta
 
 
-def _own_parameters(
-    layer: LoraLayer | TrainableTokensLayer, adapter_name: str
-) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Every parameter of a layer's adapter, with the module that holds it."""
-    for part in layer.adapter_layer_names:
-        holder = getattr(layer, part)
-        if adapter_name not in holder:
-            continue
-        if isinstance(holder, nn.ParameterDict):
-            yield holder, adapter_name, holder[adapter_name]
-        else:
-            for name, parameter in holder[adapter_name].named_parameters(recurse=False):
-                yield holder[adapter_name], name, parameter
-
-
 def _snapshot(layer: LoraLayer | TrainableTokensLayer, adapter_name: str) -> list[_Saved]:
-    return [_Saved(owner, name, p, p.detach().clone()) for owner, name, p in _own_parameters(layer, adapter_name)]
-
-
-def _materialise(layer: LoraLayer, adapter_name: str, init: bool | str) -> None:
-    """Gives what is on the meta device values, at PEFT's own initialisation, on the base layer's device."""
-    hollow = [entry for entry in _own_parameters(layer, adapter_name) if entry[2].is_meta]
-    base = next(layer.get_base_layer().parameters(), torch.empty(0))
-    if not hollow or base.is_meta:
-        return
-    for owner, name, parameter in hollow:
-        # On meta PEFT leaves out its cast to the base's dtype, by which a float64 model gets a float64 adapter.
-        dtype = torch.promote_types(parameter.dtype, base.dtype) if base.is_floating_point() else parameter.dtype
-        made = torch.zeros_like(parameter, device=base.device, dtype=dtype)
-        setattr(owner, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
-    if fault(layer, adapter_name):
-        # `False` keeps what torch drew when the layer was made, which on meta is nothing.
-        layer.reset_lora_parameters(adapter_name, init or True)
+    return [_Saved(owner, name, p, p.detach().clone()) for owner, name, p in own_parameters(layer, adapter_name)]
 
 
 def _start_tokens(module: TrainableTokensLayer, adapter_name: str) -> None:
@@ -312,7 +284,7 @@ def _complete(layer: LoraLayer, adapter_name: str) -> None:
         dora = layer.lora_magnitude_vector[adapter_name]
         magnitude = dora.weight
         scaling = layer.scaling[adapter_name]
-        with torch.no_grad():
+        with torch.no_grad(), weights_present(layer.get_base_layer()):
             dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a.weight, lora_B=b.weight, scaling=scaling)
             magnitude.copy_(dora.weight)
         # PEFT makes a new parameter, which an optimiser would not know.
@@ -341,7 +313,8 @@ def _check_written(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
     for key, parameter in parameters.items():
         if parameter.is_meta:
             raise AdapterError(f"{key} is still on the meta device after writing: the adapter would be lost.")
-        if not torch.equal(parameter.detach(), state[key].to(parameter.device, parameter.dtype)):
+        written = whole(parameter.detach())
+        if not torch.equal(written, state[key].to(written.device, written.dtype)):
             raise AdapterError(f"{key} holds other values than were written.")
 
 

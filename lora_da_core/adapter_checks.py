@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import held_factors
+from lora_da_core.adapter_factors import held_factors, lora_layers, materialise
 from lora_da_core.adapter_targets import base_of
 from lora_da_core.errors import AdapterError
+from lora_da_core.placement import is_offloaded, present_parameters, whole
 from lora_da_core.types import RunReport
 
 FINGERPRINT_ELEMENTS = 1024
@@ -40,14 +41,19 @@ def digest(tensor: Tensor) -> str:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
-    whole = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
-        whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            for part in _parts(parameter) or [parameter]:
-                flat = part.detach().reshape(-1)
-                whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
-    return whole.hexdigest()
+    total = hashlib.sha256()
+    for _, entry in sorted((name, _fingerprint(name, values)) for name, values in _base_parameters(model)):
+        total.update(entry.encode())
+    return total.hexdigest()
+
+
+def _fingerprint(name: str, parameter: Tensor) -> str:
+    """What one parameter adds to a fingerprint."""
+    entry = f"{name} {tuple(parameter.shape)} {parameter.dtype}"
+    if parameter.is_meta:
+        return entry
+    flats = [part.detach().reshape(-1) for part in _parts(parameter) or [parameter]]
+    return entry + "".join(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]) for flat in flats)
 
 
 def _parts(tensor: Tensor) -> list[Tensor] | None:
@@ -64,14 +70,15 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     return {name: digest(parameter) for name, parameter in _base_parameters(model)}
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every base parameter by its name in the unwrapped model; its values may be there only until the next is asked."""
+    for name, parameter in present_parameters(base_of(model)):
         # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
         if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
                 while wrapper in name:  # what wraps several parameters of one module is nested
                     name = name.replace(wrapper, ".")
-            yield name, parameter
+            yield name, whole(parameter)
 
 
 def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:
@@ -93,7 +100,7 @@ def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[
     digests = base_digests(model)
     before = _logits(model, batch)
     try:
-        loaded = PeftModel.from_pretrained(model, str(directory))
+        loaded = _loaded(model, directory)
     except Exception as error:
         raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
     loaded.eval()
@@ -121,6 +128,24 @@ def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[
         Check("disable_adapter gives the base logits exactly", torch.equal(before, disabled), "bitwise comparison"),
         Check("the adapter changes the logits", moved > 0, f"largest change {moved:.3g}"),
     ]
+
+
+def _loaded(model: nn.Module, directory: Path) -> PeftModel:
+    """The model with a saved adapter, by stock PEFT, which keeps what accelerate offloads where it is."""
+    if not is_offloaded(model):
+        return PeftModel.from_pretrained(model, str(directory))
+    # Left to itself PEFT would place the whole model anew, with its own choice of what is offloaded.
+    device_map = model.__dict__.pop("hf_device_map", None)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(directory), low_cpu_mem_usage=True)
+    finally:
+        if device_map is not None:
+            model.hf_device_map = device_map
+    # PEFT has moved the values to where the base's are, on meta, so they are gone; it reads them again.
+    for layer in lora_layers(loaded.get_base_model()).values():
+        materialise(layer, "default", True)
+    set_peft_model_state_dict(loaded, load_peft_weights(str(directory), device="cpu"))
+    return loaded
 
 
 def _listed(faults: Sequence[str], total: int, noun: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.errors import TargetError
 from lora_da_core.layer_kinds import CLASSES, EXPERTS, KINDS, LayerKind, kind_of_module
+from lora_da_core.placement import execution_device
 from lora_da_core.types import LayerSpec, LoraFactors, StoredFactors
 
 PREFIX = "base_model.model."
@@ -131,6 +133,52 @@ def base_name(name: str) -> str:
     while name.endswith(_WRAPPED):
         name = name.removesuffix(_WRAPPED)
     return name
+
+
+def own_parameters(
+    layer: LoraLayer | TrainableTokensLayer, adapter_name: str
+) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter of a layer's adapter.
+
+    Args:
+        layer: PEFT's layer.
+        adapter_name: The adapter.
+
+    Yields:
+        The module that holds it, its name there and the parameter.
+    """
+    for part in layer.adapter_layer_names:
+        holder = getattr(layer, part)
+        if adapter_name not in holder:
+            continue
+        if isinstance(holder, nn.ParameterDict):
+            yield holder, adapter_name, holder[adapter_name]
+        else:
+            for name, parameter in holder[adapter_name].named_parameters(recurse=False):
+                yield holder[adapter_name], name, parameter
+
+
+def materialise(layer: LoraLayer, adapter_name: str, init: bool | str) -> None:
+    """Gives what is on the meta device values, at PEFT's own initialisation, where the base layer computes.
+
+    Args:
+        layer: PEFT's layer; one whose base has no values, and nothing that brings them, stays as it is.
+        adapter_name: The adapter.
+        init: PEFT's `init_lora_weights`.
+    """
+    hollow = [entry for entry in own_parameters(layer, adapter_name) if entry[2].is_meta]
+    base = next(layer.get_base_layer().parameters(), torch.empty(0))
+    device = execution_device(layer.get_base_layer())
+    if not hollow or device is None:
+        return
+    for owner, name, parameter in hollow:
+        # On meta PEFT leaves out its cast to the base's dtype, by which a float64 model gets a float64 adapter.
+        dtype = torch.promote_types(parameter.dtype, base.dtype) if base.is_floating_point() else parameter.dtype
+        made = torch.zeros_like(parameter, device=device, dtype=dtype)
+        setattr(owner, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+    if fault(layer, adapter_name):
+        # `False` keeps what torch drew when the layer was made, which on meta is nothing.
+        layer.reset_lora_parameters(adapter_name, init or True)
 
 
 def as_stored(specs: Sequence[LayerSpec], factors: Mapping[str, LoraFactors], seed: int) -> dict[str, LoraFactors]:

@@ -11,8 +11,9 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import lora_layers, saved_keys
+from lora_da_core.adapter_factors import lora_layers, materialise, saved_keys
 from lora_da_core.errors import OptionError
+from lora_da_core.placement import is_shared_out, offload_hook
 from lora_da_core.types import Frozen, LoraFactors, Offset
 
 OFFSET_ADAPTER = "lora_da_offset"
@@ -47,6 +48,11 @@ def check_start(model: nn.Module, modules: Mapping[str, nn.Module], peft_config:
             raise OptionError(f"offset={offset!r}: {name} is no single weight that could take it; exclude it.")
         if offset == "base" and not (isinstance(weight, Tensor) and weight.is_floating_point()):
             raise OptionError(f"offset='base': the weights of {name} are packed; use offset='frozen_adapter'.")
+        if offset == "base" and (offload_hook(module) is not None or is_shared_out(weight)):
+            raise OptionError(
+                f"offset='base': the weights of {name} are offloaded or sharded, where a change would be lost; use "
+                "offset='frozen_adapter'."
+            )
         if offset == "base" and places[id(weight)] > 1:
             raise OptionError(
                 f"offset='base': {name} shares its weights with another module, which would change with them; use "
@@ -89,6 +95,8 @@ def _add_offset(model: PeftModel, factors: Mapping[str, LoraFactors], adapter_na
     for name, pair in factors.items():
         key_a, key_b = saved_keys(name, pair)
         state[key_a], state[key_b] = pair.A, -pair.B
+    for layer in lora_layers(model.get_base_model()).values():
+        materialise(layer, OFFSET_ADAPTER, True)
     set_peft_model_state_dict(model, state, adapter_name=OFFSET_ADAPTER)
     model.base_model.set_adapter([adapter_name, OFFSET_ADAPTER])
     for name, parameter in model.named_parameters():

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from lora_da_core.adapter_factors import base_name, fault, lora_layers, specs_of
 from lora_da_core.adapter_variants import check_config
 from lora_da_core.errors import OptionError, TargetError
 from lora_da_core.layer_kinds import CLASSES
+from lora_da_core.placement import copied_tree
 from lora_da_core.types import LayerSpec, Unsupported
 
 SKELETON = "default"
@@ -218,11 +219,11 @@ def _check_tying(peft_config: LoraConfig, layers: Mapping[str, LoraLayer], adapt
 
 def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
     """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
-    tensors: Iterator[Tensor] = itertools.chain(base.parameters(), base.buffers())
+    tensors: Iterable[Tensor] = itertools.chain(base.parameters(), base.buffers())
     try:
         with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            clone = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+            clone = copied_tree(base, {id(tensor): tensor for tensor in tensors})
             get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
         return clone
     except (TypeError, ValueError, re.error) as error:

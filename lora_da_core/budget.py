@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lora_da_core.errors import OptionError
 from lora_da_core.memory import Plan, Workload, estimate_memory, size_text
+from lora_da_core.placement import largest_module_bytes, resident_bytes
 from lora_da_core.types import Batch
 
 if TYPE_CHECKING:
@@ -67,6 +70,37 @@ def plan_within(
             f"{plan.peak_bytes} bytes ({size_text(plan.peak_bytes)}), in {plan.passes} passes. {plan.notes[-1]}"
         )
     return plan
+
+
+def resident_within(
+    pipeline: Pipeline,
+    shapes: nn.Module,
+    peft_config: LoraConfig,
+    batches: Sequence[Batch],
+    device: torch.device,
+    max_memory: int,
+) -> int | None:
+    """How much of a model's weights may stay on the device, so that a run keeps within a limit.
+
+    Every pass over the data reads the offloaded weights twice, so few passes come first: weights get what one pass
+    over the data with all layers leaves of the limit, and none where more passes are needed.
+
+    Args:
+        pipeline: What will run.
+        shapes: The model on the meta device.
+        peft_config: The LoRA configuration.
+        batches: Of one round.
+        device: Where it will run.
+        max_memory: Bytes.
+
+    Returns:
+        Bytes; None where the whole model may.
+    """
+    workload = workload_of(batches)
+    plan = partial(estimate_memory, shapes, peft_config, pipeline=pipeline, workload=workload, device=device)
+    if plan(max_memory=max_memory).fits:
+        return None
+    return max(0, max_memory - (plan().peak_bytes - resident_bytes(shapes)) - largest_module_bytes(shapes))
 
 
 def plan_note(plan: Plan) -> str:

@@ -23,8 +23,7 @@ from lora_da_core.cache_identity import MISSING, Identity, differing, digest_of
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import StorageError
 from lora_da_core.estimation import Estimates, check_tokens
-from lora_da_core.interfaces import Accumulator
-from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
+from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
 from lora_da_core.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -74,19 +73,25 @@ class StatisticsCache:
             compute: Makes the estimates.
 
         Returns:
-            The estimates. Where they cannot be stored, a warning says why, and the run goes on.
+            The estimates. Where they cannot be stored, a warning says why, and the run goes on. Of the processes that
+            share a run only rank 0 reads and writes, and sends what it has read.
 
         Raises:
             StorageError: The entry's lock cannot be had, or a damaged entry cannot be moved aside.
         """
-        entry = self._directory / identity.key
+        entry, world = self._directory / identity.key, task.world
+        if world.rank:
+            return _shared_out(None, task, batches) if world.exchange("cache", None)[0] else compute()
         with self._locked(entry):
             storage.settle_leftovers(entry)
             found = self._read(entry, identity, task, batches)
+            world.exchange("cache", found is not None)
             if found is None:
                 self._tell_nearest(identity)
                 found = compute()
                 self._store(entry, identity, found)
+            elif world.size > 1:
+                _shared_out(found, task, batches)
             return found
 
     @contextlib.contextmanager
@@ -155,22 +160,6 @@ class StatisticsCache:
             storage.replace_directory(entry, lambda fresh: _write(fresh, identity, found))
         except StorageError as error:
             logger.warning("the statistics are not kept for later runs: %s", error)
-
-
-class StoredSums(Accumulator):
-    """Sums that were read back; they take no more tokens."""
-
-    def __init__(self, sums: Mapping[str, Tensor]) -> None:
-        self._sums = dict(sums)
-
-    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        raise TypeError("stored sums take no more tokens")
-
-    def merge(self, other: Mapping[str, Tensor]) -> None:
-        raise TypeError("stored sums take no other shard")
-
-    def statistics(self) -> dict[str, Tensor]:
-        return dict(self._sums)
 
 
 # What an entry holds
@@ -261,15 +250,56 @@ def _loaded(
                 # Copies in torch's own memory: products of numbers read in place may round differently.
                 value = file.get_tensor(str(number)).to(device, copy=True)
                 sums[role].setdefault(layer, {})[key] = value
-        leaders = {leader for _, leader, _ in manifest["layers"]}
-        groups = {leader: InputGroup(leader, StoredSums(sums["input"].get(leader, {}))) for leader in leaders}
-        specs = {spec.name: spec for spec in task.specs}
-        layers = {
-            name: LayerStatistics(specs[name], StoredSums(sums["layer"].get(name, {})), None, groups[leader], tokens)
-            for name, leader, tokens in manifest["layers"]
-        }
-        statistics = Statistics(layers, **manifest["counts"])
+        statistics = _assembled(task, sums, manifest["layers"], manifest["counts"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{TENSORS_FILE} cannot be read: {type(error).__name__}: {error}") from error
     # An estimator may keep nothing of a layer.
-    return statistics, {name: sums["gradient"].get(name, {}) for name in layers}
+    return statistics, {name: sums["gradient"].get(name, {}) for name in statistics.layers}
+
+
+def _assembled(
+    task: CaptureTask,
+    sums: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    described: Sequence[tuple[str, str, int]],
+    counts: Mapping[str, Any],
+) -> Statistics:
+    """Statistics from sums by role and layer, and from each layer's name, first reader of its input, and tokens."""
+    leaders = {leader for _, leader, _ in described}
+    groups = {leader: InputGroup(leader, StoredSums(sums["input"].get(leader, {}))) for leader in leaders}
+    specs = {spec.name: spec for spec in task.specs}
+    layers = {
+        name: LayerStatistics(specs[name], StoredSums(sums["layer"].get(name, {})), None, groups[leader], tokens)
+        for name, leader, tokens in described
+    }
+    return Statistics(layers, **counts)
+
+
+def _shared_out(found: Estimates | None, task: CaptureTask, batches: Sequence[Batch]) -> Estimates:
+    """The estimates that rank 0 has read, sent to the other processes, which give None."""
+    world, outline = task.world, None
+    own: dict[str, dict[str, Mapping[str, Tensor]]] = {"input": {}, "layer": {}, "gradient": {}}
+    if found is not None:
+        sums = found.statistics
+        leaders = sums.leaders()
+        outline = {
+            "layers": [[name, leaders[name], layer.tokens] for name, layer in sums.layers.items()],
+            "counts": {"samples": sums.samples, "label_tokens": sums.label_tokens, "loss_sum": sums.loss_sum},
+            "notes": found.notes,
+            "seconds": found.seconds,
+        }
+        own["layer"] = {name: layer.fisher.statistics() for name, layer in sums.layers.items()}
+        own["gradient"] = dict(found.gradient_sums)
+        groups = [layer.group for layer in sums.layers.values() if layer.group is not None]
+        own["input"] = {group.leader: group.accumulator.statistics() for group in groups}
+    told = world.exchange("stored statistics", outline)[0]
+    names = [name for name, _, _ in told["layers"]]
+    wanted = {"input": sorted({leader for _, leader, _ in told["layers"]}), "layer": names, "gradient": names}
+    sent = {
+        role: {
+            name: world.broadcast(f"{role} sums of {name}", own[role].get(name, {}), 0, task.device_of(name))
+            for name in layers
+        }
+        for role, layers in wanted.items()
+    }
+    statistics = _assembled(task, sent, told["layers"], told["counts"])
+    return Estimates(task, batches, statistics, sent["gradient"], tuple(told["notes"]), told["seconds"])

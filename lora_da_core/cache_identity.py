@@ -53,31 +53,61 @@ class Identity:
 
         Raises:
             OptionError: The objective is a plain function, of whose code nothing is known.
-            DataError: A batch holds something that cannot be identified.
         """
         if isinstance(task.objective, FunctionObjective):
             raise OptionError(
                 f"objective {task.objective.name!r} is a function, whose code a cache cannot identify; offer it as a "
                 "plugin's objective, or give no cache_dir."
             )
-        parts = {"estimator": task.estimator, "gradient": task.gradient, "objective": task.objective}
-        packages = ("lora-da-core", "torch", "transformers")
-        drawn = task.estimator.labels != "empirical" or task.gradient.forward_only
-        fields = {
-            "format": FORMAT,
-            "weights": base,
-            "model": _model_digest(task.model),
-            "tokens": _data_digest(batches),
-            "samples": sum(len(batch["labels"]) for batch in batches),
-            "layers": [[spec.name, spec.kind, spec.in_features, spec.out_features] for spec in task.specs],
-            **{kind: {"name": part.name, "options": asdict(part.options)} for kind, part in parts.items()},
-            "token_mask": task.token_mask,
-            "seed": seed if drawn else None,
-            "devices": sorted({task.device_of(spec.name).type for spec in task.specs}),
-            "versions": {**{name: version(name) for name in packages}, **task.origins},
-        }
-        # As a manifest gives them back, so that the two compare equal.
-        return cls(json.loads(_canonical(fields)))
+        return cls(described(task, batches, seed=seed, base=base))
+
+
+def described(task: CaptureTask, batches: Sequence[Batch], *, seed: int, base: str) -> dict[str, Any]:
+    """What a task would make statistics from, as JSON values by field; of a function as objective its name alone.
+
+    Args:
+        task: What would be run.
+        batches: What it would read.
+        seed: Of labels and directions; it counts only where something is drawn.
+        base: Fingerprint of the base weights.
+
+    Returns:
+        Hashes and names, nothing of the data.
+
+    Raises:
+        DataError: A batch holds something that cannot be identified.
+    """
+    parts = {"estimator": task.estimator, "gradient": task.gradient, "objective": task.objective}
+    packages = ("lora-da-core", "torch", "transformers")
+    drawn = task.estimator.labels != "empirical" or task.gradient.forward_only
+    fields = {
+        "format": FORMAT,
+        "weights": base,
+        "model": _model_digest(task.model),
+        "tokens": _data_digest(batches),
+        "samples": sum(len(batch["labels"]) for batch in batches),
+        "layers": [[spec.name, spec.kind, spec.in_features, spec.out_features] for spec in task.specs],
+        **{kind: {"name": part.name, "options": asdict(part.options)} for kind, part in parts.items()},
+        "token_mask": task.token_mask,
+        "seed": seed if drawn else None,
+        "devices": sorted({task.device_of(spec.name).type for spec in task.specs}),
+        "versions": {**{name: version(name) for name in packages}, **task.origins},
+    }
+    # As a manifest gives them back, so that the two compare equal.
+    found: dict[str, Any] = json.loads(_canonical(fields))
+    return found
+
+
+def flattened(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of inner mappings beside the others, with names after a dot.
+
+    >>> flattened({"a": 1, "b": {"c": 2}})
+    {'a': 1, 'b.c': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found.update(flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return found
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:

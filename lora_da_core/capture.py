@@ -6,9 +6,11 @@ Gradients come from taps on the layers' outputs, so no weight needs a `.grad` an
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,13 +18,18 @@ from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
+from lora_da_core.custody import Custody, KeptSums
+from lora_da_core.distributed import ALONE, World
 from lora_da_core.errors import ModelError, PluginError, TargetError
-from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Objective
+from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
+from lora_da_core.merging import Merger
 from lora_da_core.modes import first_non_finite_module, prepared
 from lora_da_core.operators import LinearMap, accumulation_dtype
+from lora_da_core.placement import execution_device, has_sharded_parts, model_device, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
+from lora_da_core.shares import Share, even_share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
 
@@ -50,21 +57,31 @@ class CaptureTask:
     """By layer, what is added to its weights (out, in) while the model runs; no weight is touched."""
     beside: Sequence[LayerSpec] = ()
     """Layers whose statistics other passes take; in this one they run as they do in those."""
+    world: World = ALONE
+    """The processes that share the run; each reads its share of the batches."""
+    custody: Custody | None = None
+    """Which process keeps the sums of which layer; None where every one gets all of them."""
 
     @property
     def device(self) -> torch.device:
-        """Where batches go: the device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Where batches go: where the first of the model's weights are used."""
+        return model_device(self.model)
 
     def device_of(self, layer: str) -> torch.device:
-        """Where a layer's weights lie, and its sums with them."""
-        parameter = next(self.modules[layer].parameters(), None)
-        return self.device if parameter is None else parameter.device
+        """Where a layer computes, and its sums lie."""
+        return execution_device(self.modules[layer]) or self.device
 
     def dtype_of(self, spec: LayerSpec) -> torch.dtype:
         """The dtype of a layer's sums and factors: the larger of float32 and its weights'."""
         weight = getattr(self.modules[spec.name], spec.parameter, None)
         return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+
+    def share(self, batches: Sequence[Batch]) -> Share:
+        """This process's share of batches; processes that gather each other's weights run equally many."""
+        if self.world.size == 1 or not has_sharded_parts(self.model):
+            return share_of(batches, self.world.rank, self.world.size)
+        parts = [labelled_part(self.objective, batch) for batch in batches]
+        return even_share([part for part in parts if part is not None], self.world.rank, self.world.size)
 
     def ledger(self, part: Batch) -> TokenLedger:
         """For a forward pass that only looks: whose tokens are seen, and which count."""
@@ -103,20 +120,31 @@ def collect(
         PluginError: An accumulator raised.
     """
     run = _Run(task, generator)
-    done, total = 0, task.estimator.passes * len(batches)
+    share = _share(task, batches)
+    done, total = 0, task.estimator.passes * (len(share.batches) + len(share.idle))
     with prepared(task.model), task.base_only(), run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
         elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
             run.find_scale(batches)
         for index in range(task.estimator.passes):
-            for number, batch in enumerate(batches):
-                run.batch(index, number, batch)
-                done += 1
-                if on_progress is not None:
-                    on_progress("statistics", done, total)
+            with share.draws(generator):
+                for number, batch in [*share.batches, *((None, batch) for batch in share.idle)]:
+                    run.batch(index, number, batch)
+                    done += 1
+                    if on_progress is not None:
+                        on_progress("statistics", done, total)
             run.end_pass(index)
-    return run.statistics
+    return run.merged
+
+
+def _share(task: CaptureTask, batches: Sequence[Batch]) -> Share:
+    if task.custody is not None and not task.custody.adds:
+        return share_of(batches, 0, 1)
+    share = task.share(batches)
+    if task.world.size == 1 or task.estimator.labels != "sampled":
+        return share
+    return replace(share, drawn=torch.cat([task.objective.draw_counts(batch).cpu() for batch in batches]))
 
 
 class _Run:
@@ -128,6 +156,7 @@ class _Run:
         self._number: int | None = None
         self.groups: dict[tuple[str, ...], InputGroup] = {}
         self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
+        self.merged = self.statistics
         self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
         self._pass = 0
         self._batch: TokenLedger | None = None
@@ -136,6 +165,7 @@ class _Run:
         self._single_uses: frozenset[str] = frozenset()
         self._scale = 1.0
         self._largest: list[Tensor] | None = None
+        self._idle = False
 
     def find_single_uses(self, batches: Sequence[Batch]) -> None:
         """Runs one sample forward to see which layers are used once.
@@ -161,11 +191,12 @@ class _Run:
         def largest_gradient(scale: float) -> float:
             self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self.task.device), []
             try:
-                with torch.enable_grad(), self._blamed("objective"):
-                    losses = self.task.objective.losses(self.task.model, on_device)
-                if not losses.requires_grad:
-                    return 0.0  # the first batch will tell why
-                (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+                with torch.enable_grad(), offloaded_weights_reloaded(self.task.model):
+                    with self._blamed("objective"):
+                        losses = self.task.objective.losses(self.task.model, on_device)
+                    if not losses.requires_grad:
+                        return 0.0  # the first batch will tell why
+                    (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
                 found = torch.stack([each.to(self.task.device) for each in self._largest] or [losses.new_zeros(())])
                 return float(found.max())
             finally:
@@ -175,12 +206,18 @@ class _Run:
 
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
         device, dtype = self.task.device_of(spec.name), self.task.dtype_of(spec)
+        make = partial(self.task.estimator.layer_accumulator, spec, device=device, dtype=dtype)
         with self._blamed("estimator", spec.name):
-            fisher = self.task.estimator.layer_accumulator(spec, device=device, dtype=dtype)
+            fisher = self._kept(make, spec.name)
         if self.task.gradient.forward_only:
             return LayerStatistics(spec, fisher, None)
         with self._blamed("gradient", spec.name):
-            return LayerStatistics(spec, fisher, self.task.gradient.accumulator(spec, device=device, dtype=dtype))
+            make = partial(self.task.gradient.accumulator, spec, device=device, dtype=dtype)
+            return LayerStatistics(spec, fisher, self._kept(make, spec.name))
+
+    def _kept(self, make: Callable[[], Accumulator], layer: str) -> Accumulator:
+        task = self.task
+        return make() if task.custody is None else task.custody.kept(make, task.world, layer)
 
     def taps(self) -> AbstractContextManager[None]:
         """Taps on every layer, removed whatever happens."""
@@ -208,30 +245,35 @@ class _Run:
         tapped: Tensor = Tap.apply(output, call.inputs.detach(), use, self._sink)  # type: ignore[no-untyped-call]
         return tapped
 
-    def batch(self, index: int, number: int, batch: Batch) -> None:
-        """One batch of one pass: forward, backward, and the draws of a model-label Fisher."""
+    def batch(self, index: int, number: int | None, batch: Batch) -> None:
+        """One batch of one pass: forward, backward, and the draws of a model-label Fisher.
+
+        One without a number is run for other processes' sake, which gather weights with this one.
+        """
         task, part = self.task, labelled_part(self.task.objective, batch)
         if part is None:
             return
         samples = len(part["labels"])
-        self._pass, self._number = index, number
+        self._pass, self._number, self._idle = index, number, number is None
         mask_of = self._mask_of(part)
         first, drawn = index == 0, task.estimator.labels != "empirical"
-        if first:
+        if first and not self._idle:
             self.statistics.samples += samples
             self.statistics.label_tokens += int(task.objective.label_counts(part).sum())
         on_device = to_device(part, task.device)
         self._takes_gradient = first and not task.gradient.forward_only
         self._takes_inputs, self._takes_fisher = True, not drawn
-        losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, mask_of, number)
-        if first:
+        losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, mask_of)
+        if first and not self._idle:
             self.statistics.loss_sum += float(losses.detach().double().sum())
         if drawn and task.estimator.needs_output_grads:
             self._takes_gradient = self._takes_inputs = False
             self._takes_fisher = True
-            draws = task.objective.fisher_losses(task.model, on_device, task.estimator.labels, generator=self.generator)
+            # What is drawn for the others' sake takes no numbers of this process's samples.
+            generator = torch.Generator().manual_seed(0) if self._idle else self.generator
+            draws = task.objective.fisher_losses(task.model, on_device, task.estimator.labels, generator=generator)
             for draw in draws:
-                self._differentiate(draw, samples, mask_of, number)
+                self._differentiate(draw, samples, mask_of)
 
     def _mask_of(self, part: Batch) -> Callable[[str, int], Tensor]:
         """The token masks of a batch, by layer and tokens per sample; the objective is asked once for each."""
@@ -248,26 +290,26 @@ class _Run:
         return mask_of
 
     def _differentiate(
-        self, losses_of: Callable[[], Tensor], samples: int, mask_of: Callable[[str, int], Tensor], number: int
+        self, losses_of: Callable[[], Tensor], samples: int, mask_of: Callable[[str, int], Tensor]
     ) -> Tensor:
         self._batch = TokenLedger(samples, mask_of, self.task.device)
         try:
-            with torch.set_grad_enabled(self.task.needs_backward):
+            with torch.set_grad_enabled(self.task.needs_backward), offloaded_weights_reloaded(self.task.model):
                 with self._blamed("objective"):
                     losses = losses_of()
                 if not isinstance(losses, Tensor) or losses.shape != (samples,):
                     returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses)}"
                     raise PluginError(
                         f"objective {self.task.objective.name!r} returned losses of {returned} "
-                        f"for {samples} samples in batch {number}; it must be one loss per sample."
+                        f"for {samples} samples in batch {self._number}; it must be one loss per sample."
                     )
                 if not bool(losses.isfinite().all()):
-                    raise self._not_finite(losses_of, losses, number)
+                    raise self._not_finite(losses_of, losses)
                 if self.task.needs_backward and self._has_graph(losses):
                     (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]
             for name in list(self._batch.waiting):
                 self._flush(name)
-            self._check_gradients(number)
+            self._check_gradients()
             return losses
         finally:
             self._batch = None
@@ -286,7 +328,7 @@ class _Run:
             "so they cannot be differentiated; it must not detach what the model computed."
         )
 
-    def _not_finite(self, losses_of: Callable[[], Tensor], losses: Tensor, number: int) -> ModelError:
+    def _not_finite(self, losses_of: Callable[[], Tensor], losses: Tensor) -> ModelError:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         self._batch = None
         layer = first_non_finite_module(self.task.model, losses_of)
@@ -294,11 +336,11 @@ class _Run:
             f"the first module whose output is not finite is {layer}" if layer else "every module's output is finite"
         )
         return ModelError(
-            f"the loss is not finite in batch {number} (samples {bad[:8]} of it); {where}. "
+            f"the loss is not finite in batch {self._number} (samples {bad[:8]} of it); {where}. "
             "Try float32 (dtype) and look at that batch's data."
         )
 
-    def _check_gradients(self, number: int) -> None:
+    def _check_gradients(self) -> None:
         assert self._batch is not None
         if not self._batch.finite:
             return
@@ -308,8 +350,8 @@ class _Run:
         if not bool(flags.isfinite().all()):
             first = names[int((~flags.isfinite()).int().argmax())]
             raise ModelError(
-                f"the gradient is not finite in batch {number}; going back from the loss, layer {first} is the first "
-                "that receives one. Try float32 (dtype) and look at that batch's data."
+                f"the gradient is not finite in batch {self._number}; going back from the loss, layer {first} is the "
+                "first that receives one. Try float32 (dtype) and look at that batch's data."
             )
 
     def _sink(self, use: Use, inputs: Tensor, output_grads: Tensor | None) -> None:
@@ -356,29 +398,34 @@ class _Run:
         example = places.example.to(inputs.device)
         if self._takes_gradient and layer.gradient is not None:
             with self._blamed("gradient", name):
-                layer.gradient.update(inputs, output_grads, example)
+                self._take(layer.gradient, inputs, output_grads, example)
         if places.counted is not None:
             counted = places.counted.to(inputs.device)
             inputs, example = inputs[counted], example[counted]
             output_grads = None if output_grads is None else output_grads[counted]
         if self._takes_inputs:
-            layer.tokens += len(inputs) if self._pass == 0 else 0
+            layer.tokens += len(inputs) if self._pass == 0 and not self._idle else 0
             if key not in ledger.taken:
                 ledger.taken.add(key)
                 with self._blamed("estimator", name):
-                    group.accumulator.update(inputs, output_grads, example)
+                    self._take(group.accumulator, inputs, output_grads, example)
         if self._takes_fisher:
             with self._blamed("estimator", name):
-                layer.fisher.update(inputs, output_grads, example)
+                self._take(layer.fisher, inputs, output_grads, example)
+
+    def _take(self, sums: Accumulator, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        if self._idle and isinstance(sums, KeptSums):
+            sums.rest()
+        else:
+            sums.update(inputs, output_grads, example)
 
     def _group(self, layer: LayerStatistics, key: tuple[str, ...], leader: str) -> InputGroup:
         if key not in self.groups:
             spec = self.specs[leader]
+            device, dtype = self.task.device_of(leader), self.task.dtype_of(spec)
+            make = partial(self.task.estimator.input_accumulator, spec, device=device, dtype=dtype)
             with self._blamed("estimator", leader):
-                accumulator = self.task.estimator.input_accumulator(
-                    spec, device=self.task.device_of(leader), dtype=self.task.dtype_of(spec)
-                )
-            self.groups[key] = InputGroup(leader, accumulator)
+                self.groups[key] = InputGroup(leader, self._kept(make, leader))
         if layer.group is None:
             layer.group = self.groups[key]
         if layer.group is not self.groups[key]:
@@ -399,7 +446,9 @@ class _Run:
         return blamed(f"{kind} {component.name!r}{origin}", place + batch)
 
     def end_pass(self, index: int) -> None:
-        """Closes a pass: every layer must have run, and accumulators see the sums."""
+        """Closes a pass: every layer must have run, and accumulators see the sums of all processes."""
+        self._number = None
+        self._meet()
         # Whoever reads the statistics is told which experts no token was routed to.
         ran = {name: layer for name, layer in self.statistics.layers.items() if layer.group is not None}
         unused = [spec.name for spec in self.task.specs if spec.name not in ran and spec.expert is None]
@@ -408,13 +457,29 @@ class _Run:
                 f"{len(unused)} targeted layers never ran on this data, the first is {unused[0]}. "
                 "Leave them out with exclude_modules, or give data that reaches them."
             )
-        self._number = None
+        task = self.task
+        if task.custody is None:
+            adds = {"estimator": task.estimator.additive, "gradient": task.gradient.additive}
+            last = index + 1 == task.estimator.passes
+            self.merged = Merger(task.world, adds=adds, last=last).merged(self.statistics)
+        else:
+            self.merged = task.custody.counted(self.statistics, task.world)
         for group in self.groups.values():
             with self._blamed("estimator", group.leader):
-                group.accumulator.end_pass(index, self.statistics.of_layer(group.leader))
+                group.accumulator.end_pass(index, self.merged.of_layer(group.leader))
         for name, layer in ran.items():
             with self._blamed("estimator", name):
-                layer.fisher.end_pass(index, self.statistics.of_layer(name))
+                layer.fisher.end_pass(index, self.merged.of_layer(name))
+
+    def _meet(self) -> None:
+        """Every process learns which layers ran elsewhere, and on which inputs."""
+        if self.task.world.size == 1:
+            return
+        keys = {id(group): key for key, group in self.groups.items()}
+        ran = [(name, layer.group) for name, layer in self.statistics.layers.items() if layer.group is not None]
+        found = [[name, keys[id(group)], group.leader] for name, group in ran]
+        for name, key, leader in itertools.chain(*self.task.world.exchange("layers", found)):
+            self._group(self.statistics.layers[name], tuple(key), leader)
 
 
 def _joined(blocks: Sequence[Tensor]) -> Tensor | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_da_core.cli_memory import needed_offload
 from lora_da_core.cli_options import InitOptions, module_names
 from lora_da_core.errors import OptionError, StorageError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_da_core.data import TextOptions
+    from lora_da_core.distributed import World
     from lora_da_core.models import LoadedModel
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
@@ -52,18 +53,31 @@ class Assembled:
 
 
 def init(options: InitOptions) -> None:
-    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
+    """Compute an adapter's initial weights from data and save them as a stock PEFT adapter.
+
+    Under torchrun or accelerate launch the processes share the work, and the first one writes.
+    """
+    from lora_da_core.distributed import joined, launched
+
+    with launched(options.process_timeout) as device, joined(options.process_timeout) as world:
+        if device is not None and options.device == "auto":
+            options = replace(options, device=str(device))
+        _init_in(world, options)
+
+
+def _init_in(world: World, options: InitOptions) -> None:
     from lora_da_core import adapter, storage
     from lora_da_core.progress import note, shown_progress
     from lora_da_core.report import plot_spectra
 
     _check_places(options)
     request = requested(options)
-    statistics = kept_statistics(options, request.pipeline)
-    if options.resume and options.output.exists() and any(options.output.iterdir()):
+    complete = options.resume and options.output.exists() and any(options.output.iterdir())
+    # As rank 0 sees it: another process may look a moment later.
+    if world.exchange("output", complete)[0]:
         report = finished_run(options)
     else:
-        log = console(stderr=True)
+        log = console(stderr=True, quiet=world.rank > 0)
         parts = assembled(request)
         for sentence in parts.notes:
             note(log, sentence)
@@ -73,9 +87,12 @@ def init(options: InitOptions) -> None:
                 parts.batches,
                 parts.lora,
                 on_progress=on_progress,
-                cache_dir=statistics,
+                cache_dir=options.cache_dir or options.passes_dir,
                 max_memory=options.max_memory,
+                world=world,
             )
+        if world.rank:
+            return
         report = replace(result.report, notes=(*parts.notes, *result.report.notes))
         fitted = adapter.allocated_config(parts.lora, result.report.allocation)
         peft_model = adapter.apply(parts.loaded.model, fitted, result.factors)
@@ -87,8 +104,10 @@ def init(options: InitOptions) -> None:
             settings=options.recorded(),
             overwrite=options.overwrite,
         )
-    if options.resume and statistics is not None and options.cache_dir is None:
-        shutil.rmtree(statistics, ignore_errors=True)
+    if world.rank:
+        return
+    if options.passes_dir is not None:
+        shutil.rmtree(options.passes_dir, ignore_errors=True)
     if options.plot:
         plot_spectra(report, options.output / PICTURE_FILE)
     show(report, brief=len(report.layers) >= MANY_LAYERS)
@@ -115,8 +134,10 @@ def requested(options: InitOptions) -> Request:
 
     if options.max_memory is not None:
         parse_size(options.max_memory)
-        if options.cache_dir is not None or options.layers_per_pass is not None:
-            raise OptionError("--max-memory goes with neither --cache-dir nor --layers-per-pass; leave out the others.")
+        if options.layers_per_pass is not None:
+            raise OptionError("--max-memory does not go with --layers-per-pass; leave one out.")
+    if options.resume and options.cache_dir is not None:
+        raise OptionError("--cache-dir keeps the passes already; leave out --resume.")
     preset = Registry().resolve("preset", options.preset)
     pipeline = build_pipeline(
         estimator=options.component("estimator", preset),
@@ -169,7 +190,11 @@ def assembled(request: Request) -> Assembled:
     options, pipeline = request.options, request.pipeline
     rows = data.load_rows(options.data, split=options.split)
     loaded = models.load_model(
-        options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        offload=needed_offload(options, pipeline, request.lora, rows, request.text),
     )
     samples = data.encode_text(rows, loaded.tokenizer, request.text, model_limit=loaded.max_positions)
     notes = [*loaded.notes, *samples.notes]
@@ -203,24 +228,6 @@ def _check_places(options: InitOptions) -> None:
             storage.check_writable(options.cache_dir)
     except StorageError as error:
         raise OptionError(str(error)) from error
-
-
-def kept_statistics(options: InitOptions, pipeline: Pipeline) -> Path | None:
-    """Where a run keeps its statistics.
-
-    Args:
-        options: The command's.
-        pipeline: What is run.
-
-    Returns:
-        The cache; with `--resume` alone a hidden sibling of the output, unless layers are freed part by part.
-    """
-    if options.cache_dir is not None or not options.resume:
-        return options.cache_dir
-    if options.max_memory is not None or pipeline.config.layers_per_pass != "auto":
-        return None
-    output = options.output.absolute()
-    return output.with_name(f".{output.name}.statistics")
 
 
 def finished_run(options: InitOptions) -> RunReport:
@@ -276,8 +283,8 @@ def show(report: RunReport, *, brief: bool = False) -> None:
         out.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A console that adds no highlights of its own."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, quiet=quiet)

@@ -31,7 +31,7 @@ from lora_da_core.types import (
 OptionsT = TypeVar("OptionsT")
 
 _DEFAULTS = LoraDAConfig()
-_SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig))
+_SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distributed"}
 _NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume"})
 
 
@@ -87,15 +87,6 @@ class InitOptions:
         ),
     ] = None
     overwrite: Annotated[bool, _option(_IO, "Replace an earlier run in the output directory.", "--overwrite")] = False
-    resume: Annotated[
-        bool,
-        _option(
-            _IO,
-            "Go on where an earlier run of the same options was ended; statistics are kept beside the output until "
-            "the adapter is written, or in --cache-dir. A complete run is left as it is.",
-            "--resume",
-        ),
-    ] = False
     cache_dir: Annotated[
         Path | None,
         _option(
@@ -105,6 +96,15 @@ class InitOptions:
             show_default="none",
         ),
     ] = None
+    resume: Annotated[
+        bool,
+        _option(
+            _IO,
+            "Keep the statistics of every completed pass beside the output until it is written, and go on from those "
+            "that an interrupted run with this option has left. A complete run of the same options is left as it is.",
+            "--resume",
+        ),
+    ] = False
     plot: Annotated[bool, _option(_IO, "Also save spectra.png, the spectra and residuals.", "--plot")] = False
 
     rank: Annotated[int, _option(_LORA, "Rank r of the adapter.")] = 8
@@ -273,9 +273,17 @@ class InitOptions:
         _option(
             _RUN,
             "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes "
-            "('lora-da plan' tells how many). Not with --cache-dir.",
+            "('lora-da plan' tells how many), and what does not fit of the model's weights is offloaded.",
             metavar="SIZE",
             show_default="none",
+        ),
+    ] = None
+    offload_dir: Annotated[
+        Path | None,
+        _option(
+            _RUN,
+            "Where offloaded weights go that cannot be read from the checkpoint's own files.",
+            show_default="the system's temporary directory",
         ),
     ] = None
     layers_per_pass: Annotated[
@@ -287,10 +295,23 @@ class InitOptions:
             "layers_per_pass",
         ),
     ] = None
+    process_timeout: Annotated[
+        float,
+        _option(
+            _RUN,
+            "Seconds that a process of a distributed run waits for the others; one that is silent for a tenth of it, "
+            "or for 30 s, counts as killed.",
+        ),
+    ] = _DEFAULTS.process_timeout
     seed: Annotated[int, _option(_RUN, "Seed of every random number.")] = 0
     trust_remote_code: Annotated[bool, _option(_RUN, "Run code that comes with the model.", "--trust-remote-code")] = (
         False
     )
+
+    @property
+    def passes_dir(self) -> Path | None:
+        """Where an interrupted run leaves its completed passes; None where it leaves none."""
+        return self.output.with_name(f".{self.output.name}.passes") if self.resume else None
 
     def lora_da_config(self, preset: Preset) -> LoraDAConfig:
         """The preset's configuration with what was given put in its place.

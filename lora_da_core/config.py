@@ -72,6 +72,10 @@ class LoraDAConfig:
         unsupported: What to do where a targeted module cannot be initialised (convolutions, embeddings, a rank above
             the layer's sizes): `"error"`, or `"default"`, which leaves it at PEFT's own initialisation and lists it in
             the report's notes.
+        distributed: Whether the processes of an initialised process group share a run (`"auto"`), every one being given
+            the same model and data; or each makes the whole of its own (`"off"`).
+        process_timeout: Seconds that a process waits for the others at most. One that gives no sign of life for a tenth
+            of it, or for 30 s, counts as killed.
     """
 
     alpha: float = 1.0
@@ -95,6 +99,8 @@ class LoraDAConfig:
     seed: int = 0
     unconverged: Literal["fallback", "warn", "error"] = "fallback"
     unsupported: Unsupported = "error"
+    distributed: Literal["auto", "off"] = "auto"
+    process_timeout: float = 600.0
 
     _minimum: ClassVar[dict[str, float]] = {"alpha": 0, "beta": 0, "damping": 0}
     _whole: ClassVar[dict[str, int]] = {"seed": 0, "population": 1, "samples": 1, "rounds": 1}
@@ -112,6 +118,8 @@ class LoraDAConfig:
             value = getattr(self, name)
             if (value is not None or name in ("seed", "rounds")) and not _is_whole(value, least):
                 raise OptionError(f"{name} is {value!r}; it must be a whole number of at least {least}, below 2**63.")
+        if not _is_number(self.process_timeout) or self.process_timeout < 1:
+            raise OptionError(f"process_timeout is {self.process_timeout!r}; it must be at least 1 second.")
         if self.layers_per_pass != "auto" and not _is_whole(self.layers_per_pass, 1):
             raise OptionError(f"layers_per_pass is {self.layers_per_pass!r}; it must be 'auto' or at least 1.")
         if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):

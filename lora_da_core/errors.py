@@ -39,3 +39,7 @@ class AdapterError(LoraDAError):
 
 class StorageError(LoraDAError):
     """A file is missing, damaged, foreign, or cannot be written."""
+
+
+class RankError(LoraDAError):
+    """Another process of a distributed run failed, was killed, is late or disagrees; names its rank."""

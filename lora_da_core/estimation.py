@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from lora_da_core import capture
 from lora_da_core.batches import to_device
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress
+from lora_da_core.custody import Custody
 from lora_da_core.errors import DataError, PluginError
 from lora_da_core.interfaces import Objective
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
+from lora_da_core.passes import input_groups
+from lora_da_core.placement import has_sharded_parts
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.repeatability import model_notes
 from lora_da_core.running_sums import Statistics
@@ -137,6 +140,7 @@ def estimate(
     start = time.perf_counter()
     # Later rounds run the same model; only the changes on its outputs differ.
     doubts = [] if task.changes else model_notes(task, batches)
+    task = _in_custody(task, batches)
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()
     notes = [*doubts, *check_tokens(task.specs, statistics)]
@@ -150,6 +154,18 @@ def estimate(
     for note in notes:
         logger.warning("%s", note)
     return Estimates(task, batches, statistics, gradient_sums, tuple(notes), seconds)
+
+
+def _in_custody(task: CaptureTask, batches: Sequence[Batch]) -> CaptureTask:
+    """The task with its layers divided among the processes, where these must run a sharded model together."""
+    if task.world.size == 1 or not has_sharded_parts(task.model):
+        return task
+    estimator, gradient = task.estimator, task.gradient
+    # Sums that are added batch by batch must be of one pass, and found in the same order on all processes.
+    adds = estimator.additive and estimator.passes == 1 and (gradient.forward_only or gradient.additive)
+    alike = estimator.labels != "exact" and all(spec.expert is None for spec in task.specs)
+    groups = input_groups(task, batches)
+    return replace(task, custody=Custody.of(task.specs, groups, task.world.size, adds=adds and alike))
 
 
 def forward_gradients(
@@ -175,14 +191,15 @@ def forward_gradients(
 
 
 def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
-    """What the objective asks of the unchanged model, added to the batches.
+    """What the objective asks of the unchanged model, added to the batches; processes that share the run share this.
 
     Args:
         task: Model and objective.
         batches: The batches.
 
     Returns:
-        The batches themselves where the objective adds nothing, else completed ones, on the CPU.
+        The batches themselves where the objective adds nothing, else completed ones, on the CPU, cut where the share of
+        a process ends.
 
     Raises:
         PluginError: The objective raised.
@@ -191,11 +208,17 @@ def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
     if type(objective).complete is Objective.complete:
         return batches
     origin = task.origins.get("objective", "unknown distribution")
+    # Processes that gather each other's weights run everything alike.
+    shared = task.world.size > 1 and not has_sharded_parts(task.model)
+    mine = [batch for _, batch in task.share(batches).batches] if shared else batches
     with prepared(task.model), task.base_only(), torch.no_grad(), blamed(f"objective {objective.name!r} ({origin})"):
-        return [
+        found: list[Batch] = [
             to_device(objective.complete(task.model, to_device(batch, task.device)), torch.device("cpu"))
-            for batch in batches
+            for batch in mine
         ]
+    if not shared:
+        return found
+    return [batch for theirs in task.world.gather("completed batches", found) for batch in theirs]
 
 
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:

@@ -18,7 +18,7 @@ from lora_da_core.estimation import Estimates, Job
 from lora_da_core.omega import WeightStep, fixed_factors, of_norm, stable_factors, unit_step
 from lora_da_core.passes import Names
 from lora_da_core.registry import Registry
-from lora_da_core.rounds import Record, Round, Rounds, population
+from lora_da_core.rounds import Keep, Record, Round, Rounds, keep_nothing, population
 from lora_da_core.sizing import Sizing
 from lora_da_core.types import LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
 
@@ -34,6 +34,7 @@ class Finish:
         config: The pipeline's.
         job: What is estimated: all layers at the ranks and scalings that are wanted.
         on_progress: Told of each phase's progress.
+        keep: Where the first round's estimates outlive the process.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Finish:
         config: LoraDAConfig,
         job: Job,
         on_progress: Progress | None,
+        keep: Keep = keep_nothing,
     ) -> None:
         self.registry, self.components, self.config, self.job = registry, components, config, job
         self.on_progress = on_progress
         self.record = Record([*job.notes])
-        self.rounds = Rounds(registry, components, config, job.task.specs, self.record, on_progress)
+        self.rounds = Rounds(registry, components, config, job.task.specs, self.record, on_progress, keep)
 
     def solved_again(self, estimates: Estimates) -> LoraDAResult:
         """All phases after the first round's estimation.
@@ -81,6 +83,10 @@ class Finish:
         else:
             rounds = [first]
             factors, scale = self.record.timed("scale", lambda: self._scaled(job, first, dtypes))
+        # Every process has computed the same from the same solutions; equal devices round alike, others may not.
+        job.task.world.equalise("factors", [each for pair in factors.values() for each in (pair.A, pair.B)])
+        if job.task.world.size > 1:
+            self.record.notes.append(f"{job.task.world.size} processes shared the run")
         self.record.notes += _start_notes(self.config)
         reports = [_layer_report(spec, rounds[-1], factors[spec.name]) for spec in first.specs]
         for report in reports:

@@ -268,6 +268,20 @@ class Objective(Component[OptionsT]):
     def label_counts(self, batch: Batch) -> Tensor:
         """How many labels each sample's loss averages over, (samples,); 0 says there is nothing to learn."""
 
+    def draw_counts(self, batch: Batch) -> Tensor:
+        """How many numbers a sampled draw of `fisher_losses` takes from its generator, sample by sample.
+
+        In the order of the samples, by `torch.rand` in float64: processes that share the samples then draw what one
+        process would.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            (samples,), int64; by default one for every label.
+        """
+        return self.label_counts(batch)
+
     @abstractmethod
     def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask, tokens: int) -> Tensor:
         """Which of the layer's tokens count for the Fisher.

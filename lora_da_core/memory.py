@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from lora_da_core.memory_activations import Activations, BatchShape, guess, trac
 from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
 from lora_da_core.memory_workspace import Tokens, WorkspaceProbe
 from lora_da_core.operators import accumulation_dtype
+from lora_da_core.placement import model_device, resident_bytes
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.sources import reason
 from lora_da_core.types import LayerSpec
@@ -212,8 +212,8 @@ def estimate_memory(
 def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is not None:
         return torch.device(device)
-    found = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
-    return torch.device("cpu") if found is None or found.type == "meta" else found
+    found = model_device(model)
+    return torch.device("cpu") if found.type == "meta" else found
 
 
 def _passes(layers: _Layers, limit: int | None) -> tuple[Sequence[Sequence[Group]], list[PlanRow]]:
@@ -321,9 +321,8 @@ class _Layers:
 
         config, batch, base = self.pipeline.config, self.workload.batch, base_of(self.model)
         forward_only = self.pipeline.components.gradient.forward_only
-        tensors = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
         return Phases(
-            weights=sum(tensor.nbytes for tensor in tensors.values()),
+            weights=resident_bytes(base),
             all_tapped=self._traced(batch, updates, self._backward),
             one_tapped=None,
             forward=self._traced(batch, {}, False) if forward_only else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from lora_da_core.allocations import Allocations
 from lora_da_core.operators import accumulation_dtype
+from lora_da_core.placement import copied_tree
 from lora_da_core.taps import Tap, TokenLedger, Use
 
 
@@ -154,7 +154,7 @@ def _without_weights(model: nn.Module, fake: FakeTensorMode) -> nn.Module:
             twin = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             twins[id(tensor)] = nn.Parameter(twin, requires_grad=False) if is_parameter else twin
-    return copy.deepcopy(model, twins).eval()
+    return copied_tree(model, twins).eval()
 
 
 def _losses(model: nn.Module, batch: BatchShape) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,8 +51,27 @@ class LoadedModel:
         return _max_positions(self.model)
 
 
+@dataclass(frozen=True)
+class Offload:
+    """How a model is loaded that is larger than memory, by accelerate.
+
+    Attributes:
+        resident_bytes: Weights that may stay on the device.
+        directory: Where a folder is made for weights that cannot stay in the checkpoint's own files; None takes the
+            system's place for temporary files. It goes when the model does.
+    """
+
+    resident_bytes: int
+    directory: Path | None = None
+
+
 def load_model(
-    source: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    offload: Offload | None = None,
 ) -> LoadedModel:
     """Loads a causal language model.
 
@@ -59,6 +81,8 @@ def load_model(
         dtype: `"auto"` takes the checkpoint's on an accelerator and float32 on the CPU; otherwise one of
             `float32 bfloat16 float16 float64`.
         trust_remote_code: Whether code that comes with the checkpoint may run.
+        offload: What may stay on the device; the rest is kept in host memory, beside an accelerator, and on disk. None
+            loads the whole model onto the device.
 
     Raises:
         ModelError: There is no such model, or it cannot be loaded.
@@ -67,8 +91,50 @@ def load_model(
     chosen = _device(device)
     precision = _dtype(dtype, chosen)
     location = _location(source, trust_remote_code)
-    model, tokenizer = _load(str(source), location, precision)
-    return LoadedModel(_place(model, chosen), tokenizer, str(source), _ensure_padding(tokenizer, str(source)))
+    tokenizer, notes = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if offload is None:
+        return LoadedModel(_place(_load(str(source), location, precision), chosen), tokenizer, str(source), notes)
+    if "gguf_file" in location:
+        raise ModelError(f"'{source}' is read as a whole and so cannot be offloaded; save it as a checkpoint first.")
+    folder = tempfile.mkdtemp(prefix="lora-da-", dir=offload.directory)
+    try:
+        model = _load(str(source), {**location, **_offloaded(chosen, offload, folder)}, precision)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    away = [parameter.is_meta for parameter in model.parameters()]
+    note = f"{sum(away)} of {len(away)} parameters are offloaded: they are read whenever they are used."
+    return LoadedModel(model, tokenizer, str(source), (*notes, note))
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, tuple[str, ...]]:
+    """Loads a model's tokenizer.
+
+    Args:
+        source: As `load_model` takes it.
+        trust_remote_code: As `load_model` takes it.
+
+    Returns:
+        The tokenizer, with a padding token, and what was assumed.
+    """
+    from transformers import AutoTokenizer
+
+    location = _location(source, trust_remote_code)
+    with _loading(str(source)):
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+    return tokenizer, _ensure_padding(tokenizer, str(source))
+
+
+def _offloaded(device: torch.device, offload: Offload, folder: str) -> dict[str, Any]:
+    """What transformers' `from_pretrained` takes for an offloaded model."""
+    from accelerate.utils import get_max_memory
+
+    place: int | str = device.type if device.type in ("cpu", "mps") else device.index or 0
+    memory = {place: offload.resident_bytes}
+    if place != "cpu":
+        memory["cpu"] = get_max_memory()["cpu"]
+    return {"device_map": "auto", "max_memory": memory, "offload_folder": folder}
 
 
 @dataclass(frozen=True)
@@ -157,22 +223,25 @@ def _max_positions(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
     try:
         with _progress_bars_off():
-            tokenizer = AutoTokenizer.from_pretrained(**location)
-            plain = _dequantized() if "gguf_file" in location else {}
-            model: Any
-            model, found = AutoModelForCausalLM.from_pretrained(
-                **location, **plain, dtype=dtype, output_loading_info=True
-            )
+            yield
     except Exception as error:  # config, weights, tokenizer and hub each raise their own; the answer is the same
         raise ModelError(
             f"model '{source}' cannot be loaded: {reason(error)} Give a causal language model: a hub id, a "
             "directory that save_pretrained wrote, or a .gguf file."
         ) from error
+
+
+def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    plain = _dequantized() if "gguf_file" in location else {}
+    model: Any
+    with _loading(source):
+        model, found = AutoModelForCausalLM.from_pretrained(**location, **plain, dtype=dtype, output_loading_info=True)
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
@@ -182,7 +251,8 @@ def _load(source: str, location: dict[str, Any], dtype: torch.dtype | str) -> tu
     if plain:
         _forget_quantization(model)
         model.name_or_path = source  # PEFT writes it down, and transformers knows the folder alone
-    return model.eval(), tokenizer
+    loaded: nn.Module = model.eval()
+    return loaded
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.errors import ModelError, OptionError
+from lora_da_core.placement import reshard
 
 _REPACKS = "support_avx512bf16_for_cpu"
 """By this attribute bitsandbytes decides whether a forward pass on a CPU re-packs 4-bit weights in place, with loss."""
@@ -54,14 +55,18 @@ def prepared(model: nn.Module) -> Iterator[None]:
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     repacking = [module for module in model.modules() if getattr(module, _REPACKS, False)]
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
     try:
         model.eval()
         for module, _ in compiled:
             module._compiled_call_impl = None
         for module in repacking:
             setattr(module, _REPACKS, False)
-        for parameter, _ in trainable:
+        for _, _, parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
@@ -71,8 +76,12 @@ def prepared(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module, code in compiled:
             module._compiled_call_impl = code
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+        reshard(model)
+        for module, name, parameter, flag in trainable:
+            # accelerate puts a new parameter into the place of an offloaded one whenever it has run.
+            for each in (parameter, module._parameters[name]):
+                if each is not None:
+                    each.requires_grad_(flag)
 
 
 @contextlib.contextmanager

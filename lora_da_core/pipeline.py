@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_da_core.agreement import agree
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.blame import blamed, shortage_named
@@ -20,6 +23,7 @@ from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.distributed import ALONE, World, joined
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
@@ -27,8 +31,10 @@ from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
 from lora_da_core.modes import check_model, quantization_notes, random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
+from lora_da_core.placement import has_sharded_parts
 from lora_da_core.registry import Registry
 from lora_da_core.repeatability import order_notes
+from lora_da_core.rounds import Keep, keep_nothing
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
 
@@ -117,8 +123,12 @@ class Pipeline:
         on_progress: Progress | None = None,
         cache_dir: Path | str | None = None,
         max_memory: int | str | None = None,
+        world: World | None = None,
     ) -> LoraDAResult:
         """Estimates, solves and scales; the model is left exactly as found.
+
+        In an initialised process group every process calls this alike, with the same model and data, and gets the same
+        result; each does its share of the work.
 
         Args:
             model: A base model, or a PeftModel that carries the adapter.
@@ -127,41 +137,45 @@ class Pipeline:
             adapter_name: The adapter, where the model carries several.
             on_progress: Told of each phase's progress.
             cache_dir: A directory in which statistics outlive this process, so that a run on the same model and data
-                that changes only solver, rank, α, β, N, damping or scale makes no pass for them.
+                that changes only solver, rank, α, β, N, damping or scale makes no pass for them. Where layers are
+                divided, the statistics of each part are kept.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
                 within by plan; layers are divided among as many passes as it takes. Libraries come on top.
+            world: The processes that share the run, where the caller has brought them together; None does so here.
 
         Returns:
             The factors as the adapter stores them, before PEFT's scaling, and the report.
 
         Raises:
-            OptionError: No division keeps within the limit, or a limit or `layers_per_pass` is given with `cache_dir`.
+            OptionError: No division keeps within the limit, or a cache is given and the objective is a plain function.
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
-        if cache_dir is not None:
-            if self.config.layers_per_pass != "auto" or max_memory is not None:
-                raise OptionError(
-                    "statistics that are freed part by part cannot be kept: leave out cache_dir, or layers_per_pass "
-                    "and max_memory."
-                )
-            estimates = self.estimate(
-                model, batches, peft_config, adapter_name=adapter_name, on_progress=on_progress, cache_dir=cache_dir
-            )
-            return self.solve(estimates, on_progress=on_progress)
-        job = self._job(model, batches, peft_config, adapter_name)
+        with self._world(world) as shared:
+            keep = self._keeper(cache_dir, shared)
+            on_progress = shared.watched(on_progress)
+            job = self._job(model, batches, peft_config, adapter_name, shared)
+            job, parts = self._divided(model, job, peft_config, adapter_name, max_memory)
+            return Finish(self.registry, self.components, self.config, job, on_progress, keep).result(parts)
+
+    def _divided(
+        self,
+        model: nn.Module,
+        job: Job,
+        peft_config: LoraConfig | None,
+        adapter_name: str,
+        max_memory: int | str | None,
+    ) -> tuple[Job, Sequence[Names]]:
+        """The layers of each part, and the job with what is to be said of the plan."""
         most = self.config.layers_per_pass
-        parts: Sequence[Names]
         if max_memory is not None:
             if most != "auto" or adapter_name != "default":
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
             plan = plan_within(self, model, peft_config, job.batches, max_memory)
             logger.info("%s", plan_note(plan))
-            job, parts = replace(job, notes=(*job.notes, plan_note(plan))), plan.parts
-        elif most == "auto" or most >= len(job.task.specs):
-            parts = [[spec.name for spec in job.task.specs]]
-        else:
-            parts = divided_layers(input_groups(job.task, job.batches), most)
-        return Finish(self.registry, self.components, self.config, job, on_progress).result(parts)
+            return replace(job, notes=(*job.notes, plan_note(plan))), plan.parts
+        if most == "auto" or most >= len(job.task.specs):
+            return job, [[spec.name for spec in job.task.specs]]
+        return job, divided_layers(input_groups(job.task, job.batches), most)
 
     @random_states_kept()
     @shortage_named(
@@ -197,23 +211,45 @@ class Pipeline:
             OptionError: A cache is given and the objective is a plain function.
             StorageError: The cache cannot be written.
         """
-        from lora_da_core import adapter
-
-        cache = None if cache_dir is None else StatisticsCache(Path(cache_dir))
-        if cache is not None:
-            cache.check()
-        job = self._job(model, batches, peft_config, adapter_name)
-        task, first = job.task, job.batches
-        compute = partial(estimate, task, first, self.config.seed, on_progress)
-        if cache is None:
-            found = compute()
-        else:
-            identity = Identity.of(task, first, seed=self.config.seed, base=adapter.fingerprint(task.model))
-            found = cache.estimates(identity, task, first, compute)
+        with self._world(None) as shared:
+            keep = self._keeper(cache_dir, shared)
+            on_progress = shared.watched(on_progress)
+            job = self._job(model, batches, peft_config, adapter_name, shared)
+            task, first = job.task, job.batches
+            found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
         return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)
 
+    def _keeper(self, cache_dir: Path | str | None, world: World) -> Keep:
+        """Where estimates outlive the process; a directory that cannot be written is refused at once."""
+        if cache_dir is None:
+            return keep_nothing
+        cache = StatisticsCache(Path(cache_dir))
+        if world.rank == 0:
+            cache.check()
+
+        def keep(task: CaptureTask, batches: Sequence[Batch], compute: Callable[[], Estimates]) -> Estimates:
+            from lora_da_core import adapter
+
+            if task.world.size > 1 and has_sharded_parts(task.model):
+                raise OptionError("a sharded model's statistics are divided among its processes; leave out cache_dir.")
+            identity = Identity.of(task, batches, seed=self.config.seed, base=adapter.fingerprint(task.model))
+            return cache.estimates(identity, task, batches, compute)
+
+        return keep
+
+    def _world(self, world: World | None) -> AbstractContextManager[World]:
+        """The processes that share a run."""
+        if world is not None or self.config.distributed == "off":
+            return contextlib.nullcontext(world or ALONE)
+        return joined(self.config.process_timeout)
+
     def _job(
-        self, model: nn.Module, batches: Iterable[Batch], peft_config: LoraConfig | None, adapter_name: str
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        peft_config: LoraConfig | None,
+        adapter_name: str,
+        world: World,
     ) -> Job:
         from lora_da_core import adapter
 
@@ -238,7 +274,10 @@ class Pipeline:
             token_mask=self.config.token_mask,
             base_only=partial(adapter.adapters_disabled, model),
             origins=self.components.origins(self.registry),
+            world=world,
         )
+        if world.size > 1:
+            agree(task, [*taken, *unseen], self.components, self.config)
         taken, unseen = complete(task, taken), complete(task, unseen)
         first, *later = divided(taken, self.config.rounds)
         notes = (
@@ -294,8 +333,11 @@ class Pipeline:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
         self._check_ranks(made.model, specs)
         check_tokens(specs, estimates.statistics)
-        job = Job(replace(made, specs=specs), estimates.batches, estimates.notes, estimates.later, estimates.unseen)
-        return Finish(self.registry, self.components, self.config, job, on_progress).solved_again(estimates)
+        with self._world(None) as shared:
+            task, more = replace(made, specs=specs, world=shared), (estimates.later, estimates.unseen)
+            job = Job(task, estimates.batches, estimates.notes, *more)
+            finish = Finish(self.registry, self.components, self.config, job, shared.watched(on_progress))
+            return finish.solved_again(estimates)
 
     def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:
         """The Fisher of every layer, for what else a Fisher is good for.
@@ -307,6 +349,8 @@ class Pipeline:
         Returns:
             By layer.
         """
+        if estimates.task.custody is not None:
+            raise OptionError("a sharded model's statistics are divided among its processes: none has all Fishers.")
         config, estimator = self.config, self.components.estimator
         found = {}
         for spec in estimates.task.specs:

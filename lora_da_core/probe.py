@@ -21,6 +21,7 @@ from lora_da_core.interfaces import LossProbe
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
+from lora_da_core.placement import weights_present, whole
 from lora_da_core.taps import TokenLedger, Use
 from lora_da_core.types import Batch
 
@@ -30,6 +31,8 @@ Found = TypeVar("Found")
 class LowRankProbe(LossProbe):
     """Evaluates the loss with changes added to layers' outputs; used inside `with probe:`.
 
+    The processes of a world share the batches, and each is given the losses of all.
+
     Args:
         task: What is run.
         batches: The data; samples without labels are left out.
@@ -37,9 +40,10 @@ class LowRankProbe(LossProbe):
     """
 
     def __init__(self, task: CaptureTask, batches: Sequence[Batch], note: Callable[[str], None]) -> None:
-        parts = [labelled_part(task.objective, batch) for batch in batches]
         self._task, self._note = task, note
-        self._batches = [part for part in parts if part is not None]
+        share = task.share(batches)
+        parts = [labelled_part(task.objective, batch) for _, batch in share.batches]
+        self._batches, self._idle = [part for part in parts if part is not None], share.idle
         self._changes: Mapping[str, LinearMap] = {}
         self._specs = {spec.name: spec for spec in task.specs}
         self._look: Callable[[Call], None] | None = None
@@ -69,9 +73,14 @@ class LowRankProbe(LossProbe):
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         self._changes = changes
         try:
-            return torch.cat(list(self._over_batches(self._losses_of))).double().cpu()
+            found = list(self._over_batches(self._losses_of))
+            self._run_idle()
         finally:
             self._changes = {}
+        # As lists, so that the sum that follows is taken in the same order on every process.
+        own = [value for losses in found for value in losses.double().tolist()]
+        everyones = self._task.world.exchange("losses", own)
+        return torch.tensor([value for theirs in everyones for value in theirs], dtype=torch.float64)
 
     def energies(self, bases: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         """How much of the layers' inputs lies in a subspace, over the tokens that count for the Fisher.
@@ -86,7 +95,9 @@ class LowRankProbe(LossProbe):
         for sums in self._over_batches(partial(self._energies_of, bases)):
             for name, found in sums.items():
                 total[name] += found
-        return {name: (float(found[0]), float(found[1])) for name, found in total.items()}
+        self._run_idle()
+        told = self._task.world.exchange("energies", {name: found.tolist() for name, found in total.items()})
+        return {name: (sum(each[name][0] for each in told), sum(each[name][1] for each in told)) for name in total}
 
     def _losses_of(self, batch: Batch) -> Tensor:
         objective, origin = self._task.objective, self._task.origins.get("objective", "unknown distribution")
@@ -114,7 +125,8 @@ class LowRankProbe(LossProbe):
             try:
                 found = run(batch)
             except Exception as error:
-                if samples < 2 or not is_out_of_memory(error):
+                # Processes that share a run may need each other for a forward pass.
+                if samples < 2 or self._task.world.size > 1 or not is_out_of_memory(error):
                     raise
                 reason = reason_of(error).splitlines()[0]
             else:
@@ -128,13 +140,20 @@ class LowRankProbe(LossProbe):
             self._batches[place : place + 1] = [take_rows(batch, part) for part in rows]
             self._note(f"memory ran out in a forward pass over {samples} samples; halved that batch ({reason})")
 
+    def _run_idle(self) -> None:
+        """Runs what other processes need this one to run, to gather weights with it."""
+        for batch in self._idle:
+            self._losses_of(batch)
+
     def weights(self, layer: str) -> Tensor:
         module, kind = self._task.modules[layer], self._specs[layer].kind
         if kind not in ("linear", "conv1d"):
             raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
-        stored = getattr(module, "weight", None)
-        if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
-            return stored.detach() if kind == "linear" else stored.detach().mT
+        with weights_present(module):
+            stored = getattr(module, "weight", None)
+            if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
+                found = whole(stored.detach())
+                return found if kind == "linear" else found.mT
         # Packed weights are only known by what they do: W is the answer to the unit vectors.
         device, _ = self.place(layer)
         unit = torch.eye(self._specs[layer].in_features, device=device, dtype=torch.bfloat16)

@@ -17,17 +17,36 @@ from lora_da_core.blame import is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
+from lora_da_core.distributed import World
 from lora_da_core.errors import DataError, LoraDAError
 from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients, with_enough_tokens
 from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
+from lora_da_core.shares import owners_of
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
 from lora_da_core.types import Batch, LayerSpec
 
 logger = logging.getLogger(__name__)
 
 Outcome = TypeVar("Outcome")
+
+Keep = Callable[[CaptureTask, Sequence[Batch], Callable[[], Estimates]], Estimates]
+"""Gives the stored estimates of a task and batches, or has them made and stores them."""
+
+
+def keep_nothing(task: CaptureTask, batches: Sequence[Batch], compute: Callable[[], Estimates]) -> Estimates:
+    """Has the estimates made.
+
+    Args:
+        task: What is run.
+        batches: What it reads.
+        compute: Makes the estimates.
+
+    Returns:
+        They.
+    """
+    return compute()
 
 
 @dataclass
@@ -106,6 +125,7 @@ class Rounds:
         specs: All layers at their configured ranks.
         record: Told of notes and times.
         on_progress: Told of each phase's progress.
+        keep: Where the first round's estimates outlive the process.
     """
 
     def __init__(
@@ -116,7 +136,9 @@ class Rounds:
         specs: Sequence[LayerSpec],
         record: Record,
         on_progress: Progress | None,
+        keep: Keep = keep_nothing,
     ) -> None:
+        self._keep = keep
         self._registry, self._components, self._config = registry, components, config
         self._specs, self._record, self._on_progress = tuple(specs), record, on_progress
         allocator = components.allocator
@@ -171,20 +193,21 @@ class Rounds:
     def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
         """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
         seed, gradients = self._config.seed + number, None
-        if task.gradient.forward_only:
-            gradients = self._record.timed(
-                "gradient", lambda: forward_gradients(task, batches, seed, self._record.note)
-            )
         found: list[Round] = []
         done: list[Names] = []
         left: Sequence[Names] = self._parts
         while left:
+            if task.gradient.forward_only and gradients is None and len(done) + len(left) > 1:
+                gradients = self._record.timed(
+                    "gradient", lambda: forward_gradients(task, batches, seed, self._record.note)
+                )
             try:
                 found.append(self._part(task, batches, number, left[0], gradients))
                 done, left = [*done, left[0]], left[1:]
                 continue
             except Exception as error:
-                if not is_out_of_memory(error):
+                # Processes that share a run cannot start a part again one by one: the others wait for its sums.
+                if not is_out_of_memory(error) or task.world.size > 1:
                     raise
                 reason = reason_of(error)
             # Only here, where the error no longer holds what the attempt had in memory.
@@ -208,7 +231,10 @@ class Rounds:
             specs=[spec for spec in task.specs if spec.name in wanted],
             beside=[spec for spec in task.specs if spec.name not in wanted],
         )
-        estimates = estimate(part, batches, self._config.seed + number, self._on_progress, gradients)
+        seed = self._config.seed + number
+        compute = functools.partial(estimate, part, batches, seed, self._on_progress, gradients)
+        # What later rounds see depends on the steps of the earlier ones.
+        estimates = compute() if number else self._keep(part, batches, compute)
         self._record.count(estimates.seconds)
         # What estimates note is logged already.
         self._record.notes += [note for note in estimates.notes if note not in self._record.notes]
@@ -252,7 +278,7 @@ class Rounds:
             specs=tuple(specs),
             solutions=solutions,
             tokens={spec.name: sums.layers[spec.name].tokens for spec in specs},
-            gradient={spec.name: estimates.diagnostics(spec) for spec in specs},
+            gradient=_diagnostics(estimates, specs),
             samples=sums.samples,
             label_tokens=sums.label_tokens,
             loss_sum=sums.loss_sum,
@@ -283,7 +309,10 @@ class Rounds:
         parts, statistics = self._components, estimates.statistics
         curvature = parts.allocator is not None and parts.allocator.needs_curvature
         solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
-        specs = {spec.name: spec for spec in wanted}
+        world, leaders = estimates.task.world, statistics.leaders()
+        custody = estimates.task.custody
+        owners = owners_of(wanted, leaders, world.size) if custody is None else custody.owners
+        specs = {spec.name: spec for spec in wanted if owners[spec.name] == world.rank}
         solutions: dict[str, LayerSolution] = {}
         waiting: dict[tuple[int, int, torch.dtype, torch.device], list[PreparedLayer]] = {}
 
@@ -297,8 +326,7 @@ class Rounds:
         # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
         by_group: dict[str, list[str]] = {}
         for name in specs:
-            group = statistics.layers[name].group
-            by_group.setdefault(group.leader if group else name, []).append(name)
+            by_group.setdefault(leaders[name], []).append(name)
         for names in by_group.values():
             for name in names:
                 fisher = replace(statistics.of_layer(name), spec=specs[name])
@@ -314,4 +342,25 @@ class Rounds:
         for alike in waiting.values():
             if alike:
                 flush(alike)
-        return solutions
+        if world.size > 1:
+            solutions = _of_all(world, solutions, estimates.task.device_of)
+        return {spec.name: solutions[spec.name] for spec in wanted}
+
+
+def _diagnostics(estimates: Estimates, specs: Sequence[LayerSpec]) -> dict[str, dict[str, float]]:
+    """What the gradient estimator says of its own error, by layer, from whoever has a layer's sums."""
+    world, custody = estimates.task.world, estimates.task.custody
+    if custody is None:
+        return {spec.name: estimates.diagnostics(spec) for spec in specs}
+    own = {spec.name: estimates.diagnostics(spec) for spec in specs if custody.owners[spec.name] == world.rank}
+    told = world.exchange("errors of gradients", own)
+    return {spec.name: told[custody.owners[spec.name]][spec.name] for spec in specs}
+
+
+def _of_all(
+    world: World, own: Mapping[str, LayerSolution], device_of: Callable[[str], torch.device]
+) -> dict[str, LayerSolution]:
+    """The solutions of all processes, on the devices of their layers."""
+    host = torch.device("cpu")
+    told = world.gather("solutions", {name: solution.to(host) for name, solution in own.items()})
+    return {name: solution.to(device_of(name)) for theirs in told for name, solution in theirs.items()}

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from lora_da_core.errors import TargetError
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.types import FisherStatistics, LayerSpec
+
+
+class StoredSums(Accumulator):
+    """Sums that are complete: read back, or merged from several processes."""
+
+    def __init__(self, sums: Mapping[str, Tensor]) -> None:
+        self._sums = dict(sums)
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        raise TypeError("stored sums take no more tokens")
+
+    def merge(self, other: Mapping[str, Tensor]) -> None:
+        raise TypeError("stored sums take no other shard")
+
+    def statistics(self) -> dict[str, Tensor]:
+        return dict(self._sums)
 
 
 @dataclass
@@ -42,6 +61,10 @@ class Statistics:
     def tokens_of(self, name: str) -> int:
         """How many tokens of a layer count for the Fisher; 0 where it never ran."""
         return self.layers[name].tokens if name in self.layers else 0
+
+    def leaders(self) -> dict[str, str]:
+        """The first reader of the input that a layer reads, by layer; the layer itself where it never ran."""
+        return {name: layer.group.leader if layer.group else name for name, layer in self.layers.items()}
 
     def of_layer(self, name: str) -> FisherStatistics:
         """The Fisher statistics of one layer, its input's included."""

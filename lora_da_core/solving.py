@@ -72,6 +72,12 @@ class LayerSolution:
     divisor: float = 1.0
     curvature: Curvature | None = None
 
+    def to(self, device: torch.device) -> LayerSolution:
+        """The same solution on another device."""
+        space = self.subspace
+        moved = replace(space, basis=space.basis.to(device), projected=space.projected.to(device))
+        return replace(self, subspace=moved)
+
 
 @dataclass(frozen=True)
 class PreparedLayer:

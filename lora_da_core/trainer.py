@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import contextlib
+import itertools
+from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from lora_da_core.batches import first_samples, to_device
+from lora_da_core.distributed import ALONE, World, joined
 from lora_da_core.errors import OptionError
 from lora_da_core.modes import random_states_kept
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
-from lora_da_core.types import RunReport
+from lora_da_core.sizing import SEARCH_SAMPLES
+from lora_da_core.types import Batch, RunReport
 
 SAMPLES = 64
 """Samples that are read where neither the call nor the pipeline says how many."""
@@ -23,7 +30,8 @@ def init_before_training(
 
     Works with transformers' Trainer, TRL's SFTTrainer and DPOTrainer, and whatever has their `model`,
     `get_train_dataloader()` and `state`. The trainer then sees the same batches as without it: random
-    states are put back. A data set that can be read only once loses the samples that are read here.
+    states are put back. A data set that can be read only once loses the samples that are read here. Where several
+    processes train, all call this, share the work and get the same start.
 
     Args:
         trainer: A trainer whose model is a PeftModel with a LoRA adapter.
@@ -55,13 +63,24 @@ def init_before_training(
     population = chosen.config.population or (len(data) if isinstance(data, Sized) else None)
     config = replace(chosen.config, samples=wanted, population=population)
     adapter.config_of(model, adapter_name)
-    with random_states_kept():
+    shared = joined(config.process_timeout) if config.distributed == "auto" else contextlib.nullcontext(ALONE)
+    with random_states_kept(), shared as world:
         loader = trainer.get_train_dataloader()
-        loader = preference_batches(loader) if preferences else loader
-        result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
+        batches = _of_all(world, preference_batches(loader) if preferences else loader, wanted)
+        run = Pipeline(chosen.registry, chosen.components, config).run
+        result = run(model, batches, adapter_name=adapter_name, world=world)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
     adapter.settle(model, result.factors, adapter_name, offset=config.offset, frozen=config.frozen)
     return result.report
+
+
+def _of_all(world: World, loader: Iterable[Batch], samples: int) -> Iterable[Batch]:
+    """What the trainer would read first, all processes together: it hands its batches out in turns."""
+    if world.size == 1:
+        return loader
+    mine, _ = first_samples(loader, -(-(samples + SEARCH_SAMPLES) // world.size))
+    told = world.gather("the trainer's batches", [to_device(batch, torch.device("cpu")) for batch in mine])
+    return [batch for turn in itertools.zip_longest(*told) for batch in turn if batch is not None]
 
 
 def _collates_preferences(trainer: Any) -> bool:

@@ -105,7 +105,9 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--cache-dir", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "model", "--overwrite"), "holds no earlier run"),
         ((*INIT, "--output", "new", "--max-memory", "lots"), "no size of memory"),
-        ((*INIT, "--output", "new", "--max-memory", "1GiB", "--cache-dir", "c"), "neither --cache-dir"),
+        ((*INIT, "--output", "new", "--max-memory", "1GiB", "--layers-per-pass", "2"), "leave one out"),
+        ((*INIT, "--output", "new", "--resume", "--cache-dir", "c"), "leave out --resume"),
+        ((*INIT, "--output", "new", "--process-timeout", "0"), "process_timeout is 0"),
         ((*INIT, "--output", "new", "--layers-per-pass", "0"), "layers_per_pass is 0"),
         ((*INIT, "--output", "new", "--solver", "lanczoz"), "Did you mean 'lanczos'?"),
         ((*INIT, "--output", "new", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
@@ -314,6 +316,26 @@ def test_a_second_init_reads_the_first_one_s_statistics(world):
     assert adapters[0] == adapters[1]
 
 
+def test_an_interrupted_init_goes_on_where_it_was(world, monkeypatch):
+    from lora_da_core import rounds
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    options = (*INIT, "--output", "resumed", "--rank", "2", "--samples", "8", "--resume")
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds.LayerSolver, "solve", interrupted)
+        assert run(world, *options).exit_code == 130
+    assert (world / ".resumed.passes").is_dir() and not (world / "resumed").exists()
+    again = run(world, *options)
+    assert again.exit_code == 0, again.output
+    assert "note: the statistics were read from the cache" in again.stderr and "statistics: " not in again.stderr
+    assert not (world / ".resumed.passes").exists()
+    assert run(world, *INIT, "--output", "at-once", "--rank", "2", "--samples", "8").exit_code == 0
+    adapters = [(world / name / "adapter_model.safetensors").read_bytes() for name in ("resumed", "at-once")]
+    assert adapters[0] == adapters[1]
+
+
 def test_batch_size_does_not_change_the_result(world):
     for name, size in (("one", "1"), ("five", "5")):
         assert run(world, *INIT, "--output", name, "--rank", "2", "--batch-size", size).exit_code == 0
@@ -513,7 +535,9 @@ def test_help_names_every_option_with_its_default(world):
 
 
 def test_every_setting_of_a_run_has_an_option():
-    assert {entry.name for entry in fields(LoraDAConfig)} <= {entry.name for entry in fields(InitOptions)}
+    # Whether processes share a run is the launcher's choice.
+    settings = {entry.name for entry in fields(LoraDAConfig)} - {"distributed"}
+    assert settings <= {entry.name for entry in fields(InitOptions)}
 
 
 def test_version(world):

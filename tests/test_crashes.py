@@ -284,10 +284,9 @@ def test_resume_leaves_a_complete_run_and_refuses_another(world: Path, tmp_path:
     assert foreign.exit_code == 2 and "finds no run of lora-da" in foreign.output
 
 
-def test_resume_with_a_cache_of_ones_own_keeps_it(world: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    assert invoke(world, tmp_path / "run", "--resume", "--cache-dir", str(cache)).exit_code == 0
-    assert [path for path in cache.iterdir() if path.is_dir()]
+def test_resume_goes_with_divided_layers_and_not_with_a_cache(world: Path, tmp_path: Path) -> None:
+    refused = invoke(world, tmp_path / "run", "--resume", "--cache-dir", str(tmp_path / "cache"))
+    assert refused.exit_code == 2 and "leave out --resume" in refused.output
     assert invoke(world, tmp_path / "parts", "--resume", "--max-memory", "1GiB").exit_code == 0
     assert hidden(tmp_path) == []
 

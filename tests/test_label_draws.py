@@ -20,6 +20,7 @@ from lora_da_core.capture import CaptureTask, Statistics
 from lora_da_core.interfaces import NoOptions
 from lora_da_objectives._likelihood import ENUMERABLE
 from lora_da_objectives.causal_lm import CausalLM
+from tiny_models import bert, causal, classes, continued, t5, tags, targets, texts
 from toy_oracle import CASES, PARAMETER_SETS, Case, load
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 12, "vocab_size": 7}
@@ -176,6 +177,28 @@ def test_labels_drawn_do_not_depend_on_the_batch_size() -> None:
     assert not torch.allclose(
         output_moment(model, make_batches(samples, 9), "sampled", 6, name), expected, rtol=1e-3, atol=0
     )
+
+
+@pytest.mark.parametrize("kind", ["text", "two texts", "tags", "one class", "several classes", "numbers"])
+def test_a_draw_takes_as_many_numbers_as_it_says(kind: str) -> None:
+    batch: dict[str, Any] = texts()
+    labels: dict[str, Any] = {
+        "text": (lambda: causal("Llama"), "causal_lm", continued()["labels"]),
+        "two texts": (t5, "seq2seq", targets()),
+        "tags": (lambda: bert("TokenClassification"), "token_classification", tags(batch)),
+        "one class": (bert, "sequence_classification", classes()),
+        "several classes": (bert, "sequence_classification", torch.rand(len(classes()), 3).round().double()),
+        "numbers": (lambda: bert(problem_type="regression"), "sequence_classification", torch.rand(6, 3).double()),
+    }
+    create, name, batch["labels"] = labels[kind]
+    objective = lora_da_core.build_pipeline(objective=name).components.objective
+    model, used, counted = create(), *(torch.Generator().manual_seed(4) for _ in range(2))
+    for draw in objective.fisher_losses(model, batch, "sampled", generator=used):
+        assert draw().shape == (len(batch["labels"]),)
+    counts = objective.draw_counts(batch)
+    torch.rand(int(counts.sum()), generator=counted, dtype=torch.float64)
+    assert counts.shape == (len(batch["labels"]),) and bool((counts > 0).all())
+    assert torch.equal(used.get_state(), counted.get_state())
 
 
 def test_labels_of_the_model_touch_the_output_side_alone() -> None:

@@ -232,10 +232,33 @@ def test_a_senseless_number_of_layers_is_refused(value: Any) -> None:
         LoraDAConfig(layers_per_pass=value)
 
 
-def test_what_is_freed_cannot_be_kept(tmp_path: Any) -> None:
-    pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, layers_per_pass=2))
-    with pytest.raises(OptionError, match="leave out cache_dir"):
-        pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA, cache_dir=tmp_path)
+@pytest.mark.parametrize("gradient", ["full", ("zeroth_order", {"steps": 2, "probes": 1})], ids=str)
+def test_an_interrupted_run_goes_on_from_its_completed_passes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, gradient: Component
+) -> None:
+    pipeline = lora_da_core.build_pipeline(
+        gradient=gradient, config=dataclasses.replace(FIXED, layers_per_pass=5), estimator=("kfac", {"output": "full"})
+    )
+    estimate, made = rounds.estimate, []
+
+    def counted(task: Any, *rest: Any) -> Any:
+        made.append([spec.name for spec in task.specs])
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return estimate(task, *rest)
+
+    def run() -> LoraDAResult:
+        return pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA, cache_dir=tmp_path)
+
+    monkeypatch.setattr(rounds, "estimate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    resumed = run()
+    # The third part was begun twice, the two before it once.
+    assert made[2] == made[3] and len({name for part in made for name in part}) == 14
+    assert len(made) == len({tuple(part) for part in made}) + 1
+    monkeypatch.undo()
+    assert_same(resumed, pipeline.run(make_tiny_llama(), make_batches(make_samples()), LORA))
 
 
 def test_a_float16_model_s_losses_are_scaled_alike_in_every_pass() -> None:
@@ -312,10 +335,8 @@ def test_a_limit_divides_the_run_as_planned(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(narrow, wide)
 
 
-def test_a_limit_goes_with_neither_a_cache_nor_a_division_of_ones_own(tmp_path: Any) -> None:
+def test_a_limit_does_not_go_with_a_division_of_ones_own() -> None:
     model, batches = make_tiny_llama(), make_batches(make_samples())
-    with pytest.raises(OptionError, match="leave out cache_dir"):
-        lora_da_core.build_pipeline().run(model, batches, LORA, cache_dir=tmp_path, max_memory="1GiB")
     divided = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, layers_per_pass=2))
     with pytest.raises(OptionError, match="layers_per_pass='auto'"):
         divided.run(model, batches, LORA, max_memory="1GiB")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from lora_da_core.components import Components
 from lora_da_core.estimation import Estimates
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import LoraFactors, Offset
+
+logger = logging.getLogger(__name__)
 
 RESULT_FIELDS: Mapping[str, Any] = {
     "error": None,
@@ -104,6 +107,8 @@ class GroupRun:
                     yield record
                     continue
                 waiting.append(Waiting(cell, group, record, *self._starts.pop(cell.id)))
+                name = cell.baseline or f"{cell.preset} {cell.estimator}"
+                logger.info("%s (%s) took %.1f s, its fine-tune waits", name, cell.id, record["spent"])
                 if tune is not None and len(waiting) * len(tune.learning_rates) >= tune.together:
                     yield from self._finetuned_together(waiting)
                     waiting = []

@@ -32,7 +32,8 @@ NEEDED_MODULES: Final = {"corda": ("attr", "attrs")}
 COMPONENTS: Final = ("estimator", "gradient", "solver", "allocator")
 AUTOMATIC: Final = {"solver": "auto", "allocator": NO_ALLOCATOR}
 """What a kind takes in the place of a component; no plugin answers to it, and it has no options."""
-CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry.name not in ("seed", "samples"))
+_NO_AXES: Final = ("seed", "samples", "distributed", "process_timeout")
+CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry.name not in _NO_AXES)
 AXES: Final = (*COMPONENTS, "preset", "baseline", "rank", "samples", *CONFIG_AXES)
 """Everything a grid may list."""
 

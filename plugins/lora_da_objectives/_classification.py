@@ -37,6 +37,10 @@ class Classification(Objective[NoOptions]):
         known: Tensor = ~labels.isnan() if labels.is_floating_point() else labels != IGNORED
         return known.all(1).long()
 
+    def draw_counts(self, batch: Batch) -> Tensor:
+        labels = batch["labels"]
+        return self.label_counts(batch) * (labels[0].numel() if len(labels) else 1)
+
     def fisher_losses(
         self, model: nn.Module, batch: Batch, labels: LabelKind, *, generator: torch.Generator
     ) -> Iterator[Callable[[], Tensor]]:

@@ -1,0 +1,86 @@
+"""The sums of all processes from those of each: added where they add, else merged by the plugin's own code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_da_core.blame import blamed
+from lora_da_core.distributed import World
+from lora_da_core.interfaces import Accumulator
+from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
+
+
+class Merger:
+    """Makes the statistics of all processes after a pass.
+
+    Args:
+        world: The processes.
+        adds: Whether the sums of the estimator and of the gradient estimator add.
+        last: Whether this was the last pass: own sums are then overwritten, and need no second copy.
+    """
+
+    def __init__(self, world: World, *, adds: Mapping[str, bool], last: bool) -> None:
+        self._world, self._adds, self._last = world, adds, last
+        self._adding: list[Tensor] = []
+
+    def merged(self, own: Statistics) -> Statistics:
+        """The statistics of all processes, the same on each.
+
+        Args:
+            own: This process's; every process knows of the same layers and inputs.
+
+        Returns:
+            The merged ones; `own` itself in a single process.
+
+        Raises:
+            PluginError: A plugin's `merge` raised.
+        """
+        if self._world.size == 1:
+            return own
+        counts = [own.samples, own.label_tokens, own.loss_sum, {n: layer.tokens for n, layer in own.layers.items()}]
+        told = self._world.exchange("counts", counts)
+        groups: dict[str, InputGroup] = {}
+        layers: dict[str, LayerStatistics] = {}
+        for name, layer in own.layers.items():
+            tokens = sum(theirs[3][name] for theirs in told)
+            if layer.group is None:
+                layers[name] = LayerStatistics(layer.spec, layer.fisher, layer.gradient, None, tokens)
+                continue
+            leader = layer.group.leader
+            if leader not in groups:
+                groups[leader] = InputGroup(leader, self._sums("estimator", leader, layer.group.accumulator))
+            fisher = self._sums("estimator", name, layer.fisher)
+            # The gradient's sums are complete after the last pass; none in between asks for them.
+            wanted = layer.gradient is not None and self._last
+            gradient = self._sums("gradient", name, layer.gradient) if wanted and layer.gradient else None
+            layers[name] = LayerStatistics(layer.spec, fisher, gradient, groups[leader], tokens)
+        self._world.add("sums", self._adding)
+        samples, labels = (sum(theirs[place] for theirs in told) for place in range(2))
+        return Statistics(layers, samples, labels, sum(theirs[2] for theirs in told))
+
+    def _sums(self, kind: str, layer: str, accumulator: Accumulator) -> StoredSums:
+        with blamed(kind, f" on layer {layer}"):
+            own = accumulator.statistics()
+        if not self._adds[kind]:
+            return StoredSums(self._by_plugin(kind, layer, accumulator, own))
+        sums = own if self._last else {key: value.clone() for key, value in own.items()}
+        self._adding += sums.values()
+        return StoredSums(sums)
+
+    def _by_plugin(
+        self, kind: str, layer: str, accumulator: Accumulator, own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Rank 0 merges what the others send, in the order of their ranks, and sends the result."""
+        world, phase = self._world, f"sums of {layer}"
+        device = next((value.device for value in own.values() if value.device.type != "cpu"), torch.device("cpu"))
+        whole = accumulator if self._last or world.rank else copy.deepcopy(accumulator)
+        for source in range(1, world.size):
+            theirs = world.broadcast(phase, own, source, device)
+            if world.rank == 0:
+                with blamed(kind, f" on layer {layer}, merging"):
+                    whole.merge(theirs)
+        return world.broadcast(phase, whole.statistics(), 0, device)
