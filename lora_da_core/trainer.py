@@ -66,7 +66,8 @@ def init_before_training(
     shared = joined(config.process_timeout) if config.distributed == "auto" else contextlib.nullcontext(ALONE)
     with random_states_kept(), shared as world:
         loader = trainer.get_train_dataloader()
-        batches = _of_all(world, preference_batches(loader) if preferences else loader, wanted)
+        # Read once: a trainer's order is its own seed's, and every further batch costs its collator.
+        batches = iter(_of_all(world, preference_batches(loader) if preferences else loader, wanted))
         run = Pipeline(chosen.registry, chosen.components, config).run
         result = run(model, batches, adapter_name=adapter_name, world=world)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
