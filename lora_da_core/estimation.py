@@ -184,14 +184,15 @@ def forward_gradients(task: CaptureTask, batches: Sequence[Batch], seed: int) ->
 
 
 def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
-    """What the objective asks of the unchanged model, added to the batches.
+    """What the objective asks of the unchanged model, added to the batches; processes that share the run share this.
 
     Args:
         task: Model and objective.
         batches: The batches.
 
     Returns:
-        The batches themselves where the objective adds nothing, else completed ones, on the CPU.
+        The batches themselves where the objective adds nothing, else completed ones, on the CPU, cut where the share of
+        a process ends.
 
     Raises:
         PluginError: The objective raised.
@@ -200,11 +201,17 @@ def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
     if type(objective).complete is Objective.complete:
         return batches
     origin = task.origins.get("objective", "unknown distribution")
+    # Processes that gather each other's weights run everything alike.
+    shared = task.world.size > 1 and not has_sharded_parts(task.model)
+    mine = [batch for _, batch in task.share(batches).batches] if shared else batches
     with prepared(task.model), task.base_only(), torch.no_grad(), blamed(f"objective {objective.name!r} ({origin})"):
-        return [
+        found: list[Batch] = [
             to_device(objective.complete(task.model, to_device(batch, task.device)), torch.device("cpu"))
-            for batch in batches
+            for batch in mine
         ]
+    if not shared:
+        return found
+    return [batch for theirs in task.world.gather("completed batches", found) for batch in theirs]
 
 
 def check_tokens(specs: Sequence[LayerSpec], statistics: Statistics) -> list[str]:
