@@ -1,7 +1,8 @@
 """One process against the processes of a launcher, on Llama-2-7B shapes: seconds, peak memory, equal sums and factors.
 
-Random bf16 weights and texts; every process holds the whole model. In turns rank 0 runs alone while the others wait,
-and all run together. Then the sums of both are compared layer by layer, and the factors.
+Random bf16 weights and texts. In turns rank 0 runs alone while the others wait, and all run together, each with the
+whole model. The sums of both are compared layer by layer, and the factors. Then FSDP2 shards the model, and all run
+again.
 
     torchrun --nproc-per-node 2 -m benchmarks.distributed [--layers 32] [--samples 256] [--repetitions 3]
 """
@@ -21,6 +22,8 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_core
@@ -85,16 +88,26 @@ def _figures(options: argparse.Namespace, device: torch.device) -> dict[str, Any
             if number:
                 runs[name].append(row)
     for name, rows in runs.items():
-        middle = sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2]
-        figures["rows"][name] = {**middle, "all_seconds": [row["seconds"] for row in rows]}
+        figures["rows"][name] = _middle(rows)
         if _first():
             print(f"{name}: {figures['rows'][name]}", flush=True)
     figures["speed_up"] = figures["rows"]["one"]["seconds"] / figures["rows"]["all"]["seconds"]
+    figures["sums"] = _sum_differences(alone, together, model, batches, lora)
+    sharded = _sharded(model, device)
+    runs["sharded"] = []
+    for number in range(options.repetitions + 1):
+        row, results["sharded"] = _measured(together, sharded, batches if number else batches[-2 * size :], lora)
+        runs["sharded"] += [row] if number else []
+    figures["rows"]["sharded"] = _middle(runs["sharded"])
     if _first():
-        figures["factors"] = _factor_differences(results["one"], results["all"])
-    results.clear()
-    sums = _sum_differences(alone, together, model, batches, lora)
-    return {**figures, "sums": sums}
+        print(f"sharded: {figures['rows']['sharded']}", flush=True)
+        figures["factors"] = {name: _factor_differences(results["one"], results[name]) for name in ("all", "sharded")}
+    return figures
+
+
+def _middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    middle = sorted(rows, key=lambda row: row["seconds"])[len(rows) // 2]
+    return {**middle, "all_seconds": [row["seconds"] for row in rows]}
 
 
 def _first() -> bool:
@@ -120,6 +133,14 @@ def _model(options: argparse.Namespace, device: torch.device) -> Any:
         torch.set_default_dtype(previous)
 
 
+def _sharded(model: Any, device: torch.device) -> Any:
+    """The model, each block of which FSDP2 shards by itself."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def _batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
     """Random texts of half to all of `--tokens`; the first half of each is a prompt without labels."""
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +156,7 @@ def _batches(options: argparse.Namespace) -> list[dict[str, Tensor]]:
 
 
 def _measured(
-    pipeline: Any, model: Any, batches: list[dict[str, Tensor]], lora: LoraConfig, *, takes_part: bool
+    pipeline: Any, model: Any, batches: list[dict[str, Tensor]], lora: LoraConfig, *, takes_part: bool = True
 ) -> tuple[dict[str, Any], Any]:
     """Seconds until the last process is done, phases of rank 0, and the peak of every process."""
     gc.collect()
@@ -187,7 +208,7 @@ def _factor_differences(one: Any, all_: Any) -> dict[str, Any]:
     differences = {}
     for name, pair in one.factors.items():
         other = all_.factors[name]
-        expected, found = (each.B.double() @ each.A.double() for each in (pair, other))
+        expected, found = (each.B.cpu().double() @ each.A.cpu().double() for each in (pair, other))
         differences[name] = float((found - expected).norm() / expected.norm())
     return _summary(differences)
 

@@ -13,6 +13,7 @@ once per pass, or FSDP2 shards it and sums go to their owners batch by batch: wh
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -183,6 +184,7 @@ def search_work(shape: Shape, tokens: float) -> float:
     return tokens * shape.parameters
 
 
+@functools.cache
 def statistics_bytes(shape: Shape, workload: Workload) -> dict[str, int]:
     """Bytes of every layer's sums, as the plugins state them; those of a shared input are its first reader's."""
     components = lora_da_core.build_pipeline().components
@@ -253,10 +255,9 @@ def predicted(shape: Shape, processes: int, workload: Workload, costs: Costs, ma
 def _way(
     shape: Shape, processes: int, workload: Workload, costs: Costs, machine: Assumptions, *, sharded: bool
 ) -> Prediction:
-    layers, leaders = shape.layers(), shape.leaders()
-    owners = owners_of(layers, leaders, processes)
+    layers = shape.layers()
+    owners, busiest = _division(shape, processes)
     sums = statistics_bytes(shape, workload)
-    busiest = max(solve_work([s for s in layers if owners[s.name] == rank], leaders) for rank in set(owners.values()))
     # A sample is on one process, so at least one takes a whole sample however many there are.
     share = max(workload.tokens / processes, workload.tokens / workload.samples)
     batches = math.ceil(share / machine.batch_tokens - 1e-9)
@@ -285,6 +286,17 @@ def _way(
     solver = 8 * machine.solver_matrices * max(spec.in_features for spec in layers) ** 2
     held["activations" if activations > solver else "solver"] = max(activations, solver)
     return Prediction(shape, processes, sharded, seconds, held, sum(held.values()) <= machine.gpu_bytes)
+
+
+@functools.cache
+def _division(shape: Shape, processes: int) -> tuple[dict[str, int], float]:
+    """Who solves which layer, and the work of the busiest process."""
+    layers, leaders = shape.layers(), shape.leaders()
+    owners = owners_of(layers, leaders, processes)
+    shares: dict[int, list[LayerSpec]] = {}
+    for spec in layers:
+        shares.setdefault(owners[spec.name], []).append(spec)
+    return owners, max(solve_work(share, leaders) for share in shares.values())
 
 
 def _largest_share(sums: Mapping[str, int], owners: Mapping[str, int]) -> int:
@@ -341,6 +353,8 @@ def run_figures(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.distributed import LINEAR
 
+    if options.device == "cpu":
+        torch.set_num_threads(1)  # processes share the cores
     model, batches, shape = _model_and_data(options)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
     pipeline = lora_da_core.build_pipeline()
@@ -355,6 +369,7 @@ def run_figures(options: argparse.Namespace) -> dict[str, Any]:
         "processor": time.process_time() - processor,
         "phases": dict(found.report.seconds),
         "statistics_bytes": _held(estimates),
+        "weights_bytes": sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in model.parameters()),
     }
     alone = not dist.is_initialized()
     told: list[Any] = [own]

@@ -2,7 +2,8 @@
 
 accelerate keeps an offloaded module's weights in host memory or on disk and brings them in while the module runs;
 meanwhile its parameters are on the meta device. torch's FSDP2 leaves every process a part of each weight, a DTensor,
-and gathers the whole while it is used. Neither library is imported: a hook and a mesh say what they are.
+and gathers the whole while it is used; DeepSpeed's ZeRO-3 leaves an empty parameter. A hook, a mesh and an attribute
+say which of them it is.
 """
 
 from __future__ import annotations
@@ -59,13 +60,27 @@ def weights_present(module: nn.Module) -> Iterator[None]:
     """The module's own weights are there within, on the device it computes on; they are to be read, never written."""
     hook = offload_hook(module)
     if hook is None:
-        yield
+        with _gathered_by_deepspeed(module):
+            yield
         return
     hook.pre_forward(module)
     try:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+@contextlib.contextmanager
+def _gathered_by_deepspeed(module: nn.Module) -> Iterator[None]:
+    """ZeRO-3 leaves a parameter empty, and knows its parts by attributes of its own; all processes must ask alike."""
+    parts = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    if not parts:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(parts):
+        yield
 
 
 def present_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -162,7 +177,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 def has_sharded_parts(model: nn.Module) -> bool:
     """Whether processes must run the model together, since each holds a part of its weights."""
-    return any(is_sharded(module) for module in model.modules())
+    return any(is_sharded(module) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
 
 
 def _unsharded_class(module: nn.Module) -> type[nn.Module]:

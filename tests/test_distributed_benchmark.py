@@ -27,9 +27,11 @@ def test_one_process_and_two_find_the_same_sums_and_factors(tmp_path: Path) -> N
         worlds.kill()
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["processes"] == 2 and found["sums"]["compared"] == 7 * 2 + 4
-    assert found["sums"]["largest"] < 1e-5 and found["factors"]["compared"] == 7
-    # bf16 weights: a forward pass over other batches rounds otherwise.
-    assert found["factors"]["largest"] < 0.2
+    assert found["sums"]["largest"] < 1e-5
+    for differences in (found["factors"]["all"], found["factors"]["sharded"]):
+        # bf16 weights: a forward pass over other batches rounds otherwise.
+        assert differences["compared"] == 7 and differences["largest"] < 0.2
     one, both = found["rows"]["one"], found["rows"]["all"]
     assert found["speed_up"] == pytest.approx(one["seconds"] / both["seconds"])
-    assert len(both["peak_gib"]) == 2 and both["phases"]["statistics"] < both["seconds"]
+    for row in (both, found["rows"]["sharded"]):
+        assert len(row["peak_gib"]) == 2 and row["phases"]["statistics"] < row["seconds"]

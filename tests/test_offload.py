@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lora_da_core
@@ -161,6 +161,20 @@ def test_an_adapter_of_an_offloaded_model_is_that_of_one_in_memory(settings, tmp
     again = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / "adapter")
     with torch.no_grad():
         assert torch.equal(again(**inputs(batches)).logits, plain(**inputs(batches)).logits)
+
+
+@pytest.mark.parametrize("kind", ["disk", "mixed"])
+def test_an_adapter_is_verified_on_an_offloaded_model(kind, tmp_path, batches):
+    result = lora_da_core.build_pipeline().run(make_tiny_llama(), batches, lora())
+    saved = tmp_path / "adapter"
+    adapter.apply(make_tiny_llama(), lora(), result.factors).save_pretrained(saved)
+    checks = adapter.verify(saved, offloaded(kind, tmp_path / "one"), result.report, inputs(batches))
+    assert [check.name for check in checks if not check.passed] == []
+    state = load_file(saved / "adapter_model.safetensors")
+    next(iter(state.values())).add_(1e-6)
+    save_file(state, saved / "adapter_model.safetensors")
+    checks = adapter.verify(saved, offloaded(kind, tmp_path / "two"), result.report, inputs(batches))
+    assert [check.name for check in checks if not check.passed] == ["every A and B equals what was computed"]
 
 
 def test_the_offset_adapter_of_an_offloaded_model_takes_the_start_out_again(tmp_path, batches):

@@ -64,10 +64,14 @@ def fail() -> None:
     raise ValueError("out of luck")
 
 
+def run_out() -> None:
+    raise torch.OutOfMemoryError("no room")
+
+
 def init(output: Path, phase: str, kind: str, who: int) -> None:
     """What the command line does, with a fault in the rank `who`."""
     if dist.get_rank() == who:
-        at(phase, die if kind == "killed" else fail)
+        at(phase, {"killed": die, "raised": fail, "memory": run_out}[kind])
     distributed.BUCKET_BYTES = 2**12  # so that there are several collectives to die in
     config = LoraDAConfig(gamma=64.0, process_timeout=TIMEOUT)
     model, lora = make_tiny_llama(num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj", "o_proj", "up_proj"])
@@ -105,6 +109,12 @@ def test_a_fault_at_any_phase_is_named_by_every_other_rank(worlds: Worlds, tmp_p
         assert not (tmp_path / name).exists(), name
     if kind == "raised":
         assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_in_one_rank_stops_all(worlds: Worlds, tmp_path: Path) -> None:
+    first, second = worlds.endings(worlds.start(2, init, tmp_path / "out", "solve", "memory", 1))
+    assert first.error == "RankError: rank 1 of 2 failed: OutOfMemoryError: no room"
+    assert second.error == "OutOfMemoryError: no room" and not (tmp_path / "out").exists()
 
 
 def disagree(what: str) -> None:
