@@ -57,8 +57,9 @@ def init_before_training(
     adapter.config_of(model, adapter_name)
     with random_states_kept():
         loader = trainer.get_train_dataloader()
-        loader = preference_batches(loader) if preferences else loader
-        result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
+        # Read once: a trainer's order is its own seed's, and every further batch costs its collator.
+        batches = iter(preference_batches(loader) if preferences else loader)
+        result = Pipeline(chosen.registry, chosen.components, config).run(model, batches, adapter_name=adapter_name)
     adapter.write(model, adapter.state_dict(result.factors), adapter_name)
     adapter.settle(model, result.factors, adapter_name, offset=config.offset, frozen=config.frozen)
     return result.report
