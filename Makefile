@@ -1,10 +1,11 @@
 # make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests. make check: format, lint, types, layers.
+# make docs: the documentation, into site/.
 PYTHON ?= python3
 SAMPLES ?= 64
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: run test check format clean
+.PHONY: run test check docs format clean
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
@@ -19,6 +20,9 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -29,9 +33,9 @@ format: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade "pip>=25.1"
 	$(INSTALL) torch
-	$(INSTALL) --editable ".[gguf]" --group dev
+	$(INSTALL) --editable ".[gguf]" --group dev --group docs
 	$(INSTALL) --no-deps --group bare
 	touch $@
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv runs build dist site
