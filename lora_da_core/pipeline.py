@@ -20,6 +20,7 @@ from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
@@ -100,6 +101,16 @@ class Pipeline:
     def __repr__(self) -> str:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
         return f"Pipeline({names}, config={self.config!r})"
+
+    def _repr_html_(self) -> str:
+        options = self.components.options()
+        rows = [
+            (kind, name, ", ".join(f"{key}={value!r}" for key, value in options[kind].items()))
+            for kind, name in self.components.names().items()
+        ]
+        changed = self.config.changed()
+        settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
+        return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
 
     def run(
         self,
