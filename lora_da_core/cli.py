@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -37,6 +38,10 @@ MANY_LAYERS = 40
 PICTURE_FILE = "spectra.png"
 LONGEST_SURPRISE = 500
 """Characters that are shown of an error that nobody foresaw."""
+QUIET = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that warn, as they are imported, of what a user of this program cannot act on."""
+NARROWEST = 80
+"""Columns of a table on a terminal with fewer, which then wraps its lines: nothing of a row is cut off."""
 PROBE_TOKENS = 16
 """Tokens of the input that `verify` makes up where it is given no data."""
 
@@ -60,7 +65,8 @@ class OneLineErrors(TyperGroup):
             # typer's own errors: their class has moved between its versions, their interface has not.
             if not hasattr(error, "format_message"):
                 raise
-            _complain(f"{error.format_message().rstrip('.')}. See --help.")
+            message = error.format_message().rstrip(".")
+            _complain(f"{message}{'' if message.endswith('?') else '.'} See --help.")
             status = WRONG_USE
         sys.exit(status if isinstance(status, int) else DONE)
 
@@ -103,6 +109,9 @@ def main() -> None:
     if not sys.warnoptions:
         # Libraries announce their own changes by it; a user of this program cannot act on them.
         warnings.simplefilter("ignore", FutureWarning)
+    if "--debug" not in sys.argv:
+        for name in QUIET:
+            logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
@@ -260,6 +269,9 @@ def _inspect(
     from lora_da_core.report import plot_spectra
 
     report = storage.read_report(directory)
+    picture = directory / PICTURE_FILE if plot is None else plot
+    if not picture.parent.is_dir():
+        raise OptionError(f"--plot {picture}: the folder {picture.parent} does not exist.")
     if as_json:
         typer.echo(json.dumps(storage.report_to_json(report), indent=1, ensure_ascii=False))
     else:
@@ -267,7 +279,6 @@ def _inspect(
         for sentence in report.notes:
             typer.echo(f"note: {sentence}")
     if plot is not None or not as_json:
-        picture = directory / PICTURE_FILE if plot is None else plot
         plot_spectra(report, picture)
         typer.echo(f"picture saved to {picture}", err=as_json)
 
@@ -352,7 +363,7 @@ def _plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON 
     if as_json:
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
     else:
-        _console().print(plugin_table(records))
+        _table_console().print(plugin_table(records))
 
 
 # ablate
@@ -367,7 +378,7 @@ app.command("ablate")(command_of(AblateOptions, ablate))
 def _show(report: RunReport, *, brief: bool = False) -> None:
     from lora_da_core.report import WIDE, group_table, layer_table, totals
 
-    console = _console()
+    console = _table_console()
     console.print(group_table(report) if brief else layer_table(report, wide=console.width >= WIDE))
     console.print()
     console.print(totals(report))
@@ -379,6 +390,12 @@ def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False)
+
+
+def _table_console() -> Console:
+    console = _console()
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def _unexpected(error: Exception) -> str:

@@ -144,7 +144,8 @@ def read_report(directory: Path) -> RunReport:
     Raises:
         StorageError: There is none, or it is damaged.
     """
-    return report_from_json(_read_json(directory / REPORT_FILE))
+    path = directory / REPORT_FILE
+    return report_from_json(_read_json(path), str(path))
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -172,11 +173,12 @@ def report_to_json(report: RunReport) -> dict[str, Any]:
     return cleaned
 
 
-def report_from_json(data: Any) -> RunReport:
+def report_from_json(data: Any, source: str = "this") -> RunReport:
     """The inverse of `report_to_json`.
 
     Args:
         data: Parsed JSON.
+        source: What the error calls it.
 
     Returns:
         The report.
@@ -190,7 +192,7 @@ def report_from_json(data: Any) -> RunReport:
         rest["notes"] = tuple(rest["notes"])
         return RunReport(layers=layers, **rest)
     except (TypeError, KeyError, AttributeError) as error:
-        raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{source} is not a lora-da report: {type(error).__name__}: {error}.") from error
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:
@@ -242,7 +244,7 @@ def file_digest(path: Path) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{path} does not exist; give a directory that 'lora-da init' wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
