@@ -9,9 +9,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import Result
 from typer.testing import CliRunner
 
 from lora_da_core.cli import app
@@ -40,7 +40,7 @@ def desk(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         os.chdir(before)
 
 
-def lora_da(*arguments: str, **environment: str) -> Result:
+def lora_da(*arguments: str, **environment: str) -> Any:
     return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "80", **environment}).invoke(app, arguments)
 
 
