@@ -1,11 +1,10 @@
 # make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests. make check: format, lint, types, layers.
-# make docs: the documentation, into site/.
 PYTHON ?= python3
 SAMPLES ?= 64
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: run test check docs format clean
+.PHONY: run test check format clean
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
@@ -19,9 +18,6 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: .venv/installed
 	$(BIN)/ruff format .
@@ -39,3 +35,8 @@ format: .venv/installed
 
 clean:
 	rm -rf .venv runs build dist site
+
+# The documentation, into site/.
+.PHONY: docs
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import math
 import re
@@ -154,8 +153,9 @@ class Plan:
         totals = [(phase, "together", size_text(total)) for phase, total in self.phases().items()]
         rows = [(row.phase, row.what, size_text(row.bytes)) for row in self.rows]
         notes = [("note", sentence, "") for sentence in self.notes]
-        summary = f"<p>{html.escape(repr(self)[1:-1])}</p>"
-        return summary + html_table([*rows, *totals, *notes], ("phase", "what", "memory"))
+        fits = "" if self.max_memory is None else f"of {size_text(self.max_memory)}{'' if self.fits else ': too much'}"
+        peak = [("peak", fits, size_text(self.peak_bytes)), ("passes", "over the data", str(self.passes))]
+        return html_table([*rows, *totals, *peak, *notes], ("phase", "what", "memory"))
 
     def phases(self) -> dict[str, int]:
         """Bytes by phase, in order."""

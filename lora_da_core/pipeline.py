@@ -102,16 +102,6 @@ class Pipeline:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
         return f"Pipeline({names}, config={self.config!r})"
 
-    def _repr_html_(self) -> str:
-        options = self.components.options()
-        rows = [
-            (kind, name, ", ".join(f"{key}={value!r}" for key, value in options[kind].items()))
-            for kind, name in self.components.names().items()
-        ]
-        changed = self.config.changed()
-        settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
-        return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
-
     def run(
         self,
         model: nn.Module,
@@ -304,6 +294,16 @@ class Pipeline:
                     fisher_scale=config.fisher_scale,
                 )
         return found
+
+    def _repr_html_(self) -> str:
+        options = self.components.options()
+        rows = [
+            (kind, name, ", ".join(f"{key}={value!r}" for key, value in options[kind].items()))
+            for kind, name in self.components.names().items()
+        ]
+        changed = self.config.changed()
+        settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
+        return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
 
     def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
         """Refuses what no allocation can serve, before any work."""

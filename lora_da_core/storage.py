@@ -145,7 +145,11 @@ def read_report(directory: Path) -> RunReport:
         StorageError: There is none, or it is damaged.
     """
     path = directory / REPORT_FILE
-    return report_from_json(_read_json(path), str(path))
+    content = _read_json(path)
+    try:
+        return report_from_json(content)
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from error
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -173,12 +177,11 @@ def report_to_json(report: RunReport) -> dict[str, Any]:
     return cleaned
 
 
-def report_from_json(data: Any, source: str = "this") -> RunReport:
+def report_from_json(data: Any) -> RunReport:
     """The inverse of `report_to_json`.
 
     Args:
         data: Parsed JSON.
-        source: What the error calls it.
 
     Returns:
         The report.
@@ -192,7 +195,7 @@ def report_from_json(data: Any, source: str = "this") -> RunReport:
         rest["notes"] = tuple(rest["notes"])
         return RunReport(layers=layers, **rest)
     except (TypeError, KeyError, AttributeError) as error:
-        raise StorageError(f"{source} is not a lora-da report: {type(error).__name__}: {error}.") from error
+        raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:

@@ -109,7 +109,8 @@ def test_a_plan_shows_its_peak_and_its_rows() -> None:
     plan = lora_da_core.estimate_memory(make_tiny_llama(), LORA, pipeline=pipeline)
     assert repr(plan).startswith("<Plan: ") and repr(plan).endswith(" 1 pass, 4 layers>")
     rows = Cells(plan._repr_html_()).rows
-    assert len(rows) == 1 + len(plan.rows) + len(plan.phases()) + len(plan.notes)
+    assert len(rows) == 3 + len(plan.rows) + len(plan.phases()) + len(plan.notes)
+    assert ["passes", "over the data", "1"] in rows
     tight = lora_da_core.estimate_memory(make_tiny_llama(), LORA, pipeline=pipeline, max_memory=1000)
     assert "of 1000 B, too much" in repr(tight)
 
