@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -117,15 +118,15 @@ GIVEN = {
 }
 
 
-def command(desk: Desk, line: str) -> None:
-    """Runs a command of `lora-da`; where what it needs is not here, its options are parsed."""
+def command(desk: Desk, line: str, *, run: bool = True) -> None:
+    """Runs a command of `lora-da`; where what it needs is not here, or not wanted, it must know the options."""
     words = shlex.split(desk.placed(line), comments=True)
     environment = [word for word in words if re.fullmatch(r"[A-Z_]+=.*", word)]
     words = words[len(environment) :]
     assert words[0] == "lora-da", line
     arguments = [word for word in words[1:] if word not in ("...", "…")]
     there = not {"ray", "head_blocks", "input_scale", "model.gguf"} & {*arguments} and len(arguments) == len(words) - 1
-    if there:
+    if there and run:
         if arguments[0] == "init":
             arguments.append("--overwrite")  # pages use the same folder
         outcome = CliRunner(env={"NO_COLOR": "1"}).invoke(app, arguments)
@@ -144,6 +145,10 @@ def test_a_command_is_one_that_works(block: Block, line: str, desk: Desk) -> Non
         command(desk, line)
         return
     match words:
+        case ["torchrun" | "accelerate", *_]:
+            command(desk, shlex.join(["lora-da", *words[words.index("lora_da_core.cli") + 1 :]]), run=False)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None
         case ["make", *targets]:
             assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
         case ["pip", "install", "."]:
