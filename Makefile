@@ -29,9 +29,14 @@ format: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade "pip>=25.1"
 	$(INSTALL) torch
-	$(INSTALL) --editable ".[gguf]" --group dev
+	$(INSTALL) --editable ".[gguf]" --group dev --group docs
 	$(INSTALL) --no-deps --group bare
 	touch $@
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv runs build dist site
+
+# The documentation, into site/.
+.PHONY: docs
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -8,9 +8,9 @@ was.
 
 import argparse
 import math
-import subprocess
-import sys
 from pathlib import Path
+
+from demo_model import demo_model
 
 from lora_da_core.ablation import make_grid, plan, run_grid
 
@@ -18,24 +18,26 @@ HERE = Path(__file__).parent
 ESTIMATORS = ["identity", "diagonal", "kfac", {"name": "kfac", "output": "full"}, "ekfac"]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the grid and prints one line per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 15])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation_estimators"))
-    options = parser.parse_args()
-    model = subprocess.run([sys.executable, HERE / "demo_model.py"], capture_output=True, text=True, check=True)
+    options = parser.parse_args(arguments)
     grid = make_grid(
         {
             "run": {
-                "model": model.stdout.strip(),
-                "data": str(HERE / "data" / "word_problems.jsonl"),
+                "model": str(options.model or demo_model()),
+                "data": str(options.data),
                 "samples": options.samples,
                 "seeds": list(range(options.seeds)),
                 "device": "cpu",
                 "target_modules": [
-                    f"layers.{layer}.self_attn.{name}" for layer in (0, 15) for name in ("q_proj", "v_proj")
+                    f"layers.{layer}.self_attn.{name}" for layer in options.layers for name in ("q_proj", "v_proj")
                 ],
                 "reference": "empirical",
             },

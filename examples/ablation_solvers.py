@@ -6,9 +6,9 @@ The reference takes the same Fisher estimator, so the angle is the solver's own 
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
+
+from demo_model import demo_model
 
 from lora_da_core.ablation import run_grid
 
@@ -16,27 +16,32 @@ HERE = Path(__file__).parent
 SOLVERS = ["eigh", "lanczos", "davidson", "lobpcg", "arpack", "randomized_svd"]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the grid and prints one line per cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 15])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation_solvers"))
-    options = parser.parse_args()
-    model = subprocess.run([sys.executable, HERE / "demo_model.py"], capture_output=True, text=True, check=True)
+    options = parser.parse_args(arguments)
     grid = {
         "run": {
-            "model": model.stdout.strip(),
-            "data": str(HERE / "data" / "word_problems.jsonl"),
+            "model": str(options.model or demo_model()),
+            "data": str(options.data),
             "samples": options.samples,
             "device": "cpu",
-            "target_modules": ["layers.0.self_attn.q_proj", "layers.15.mlp.gate_proj", "layers.15.mlp.down_proj"],
+            "target_modules": [
+                f"layers.{layer}.mlp.{name}" for layer in options.layers for name in ("up_proj", "down_proj")
+            ],
             "reference": "kfac",
         },
         # A solver that misses its tolerance is shown as it is, not replaced by a dense one; the scale is not searched.
         "grid": {
             "estimator": ["kfac"],
             "solver": SOLVERS,
-            "rank": [8, 32],
+            "rank": options.ranks,
             "unconverged": ["warn"],
             "scale": ["fixed"],
         },

@@ -6,11 +6,10 @@ Both runs see the same batches, learning rate and seed; the loss curves go to ru
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from demo_model import demo_model
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
@@ -38,18 +37,19 @@ def collate(rows: list, padding: int) -> dict[str, torch.Tensor]:
     return data.batches(rows, pad_token_id=padding, batch_size=len(rows))[0]
 
 
-def main() -> None:
-    """Trains twice and draws both curves."""
+def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
+    """Trains twice, draws both curves and returns them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
-    options = parser.parse_args()
-    source = subprocess.run([sys.executable, HERE / "demo_model.py"], capture_output=True, text=True, check=True)
-    rows = data.load_rows(str(HERE / "data" / "word_problems.jsonl"))
+    options = parser.parse_args(arguments)
+    rows = data.load_rows(options.data)
     curves = {}
     for name in ("default LoRA", "LoRA-DA"):
-        loaded = models.load_model(source.stdout.strip(), device="cpu")
+        loaded = models.load_model(options.model or demo_model(), device="cpu")
         padding = loaded.tokenizer.pad_token_id
         samples = data.encode_text(rows, loaded.tokenizer).samples
         torch.manual_seed(0)
@@ -66,8 +66,10 @@ def main() -> None:
         axes.plot(range(1, len(losses) + 1), losses, label=name)
     axes.set(xlabel="step", ylabel="training loss (nats per token)", title="SmolLM2-135M on the demo word problems")
     axes.legend()
+    options.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output / "loss.png", dpi=150)
     print(f"curves: {options.output / 'loss.png'}")
+    return curves
 
 
 if __name__ == "__main__":

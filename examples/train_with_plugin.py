@@ -1,17 +1,19 @@
-"""Fine-tunes SmolLM2-135M on the demo data from LoRA-DA's start, with a trainer-side plugin.
+"""Fine-tunes a model from LoRA-DA's start with a trainer-side plugin: an optimizer, a chain of adapters, or a penalty.
 
-python examples/train_with_plugin.py --plugin odelora|riemannion|rac_lora|laplace [--steps 12] [--samples 32]
+The plugin is made from the registry by its name and attached to the trainer before it trains; without --model and
+--data, the demo model and data.
+
+    python examples/train_with_plugin.py --plugin odelora|riemannion|rac_lora|laplace [--steps 12] [--samples 32]
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo_model import demo_model
 from peft import LoraConfig
 from transformers import Trainer, TrainingArguments
 
@@ -34,14 +36,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
     """Trains, prints the losses and returns them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plugin", choices=sorted(PLUGINS), required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--output", default="runs/plugin")
     options = parser.parse_args(arguments)
-    source = subprocess.run([sys.executable, HERE / "demo_model.py"], capture_output=True, text=True, check=True)
-    loaded = models.load_model(source.stdout.strip(), device="cpu")
+    loaded = models.load_model(options.model or demo_model(), device="cpu")
     padding = loaded.tokenizer.pad_token_id
-    samples = data.encode_text(data.load_rows(str(HERE / "data" / "word_problems.jsonl")), loaded.tokenizer).samples
+    samples = data.encode_text(data.load_rows(options.data), loaded.tokenizer).samples
     read = data.batches(samples[: options.samples], pad_token_id=padding)
     model = lora_da_core.get_lora_da_model(loaded.model, LoraConfig(**LORA), read)
     settings, rate = PLUGINS[options.plugin]

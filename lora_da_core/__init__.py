@@ -16,14 +16,13 @@ from lora_da_core.errors import (
 )
 from lora_da_core.hookspecs import hookimpl, hookspec
 from lora_da_core.memory import estimate_memory
-from lora_da_core.pipeline import (
-    Pipeline,
-    build_pipeline,
+from lora_da_core.one_call import (
     get_lora_da_config,
     get_lora_da_model,
     get_lora_da_state_dict,
     initialize_lora_da_weights,
 )
+from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import list_plugins
 from lora_da_core.regularization import Penalty, penalty_of, regularize_training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -18,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_da_core.ablation.command import AblateOptions, ablate
-from lora_da_core.cli_init import PICTURE_FILE, console, init, show
+from lora_da_core.cli_init import PICTURE_FILE, init, show, table_console
 from lora_da_core.cli_options import InitOptions, command_of
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.cli_verify import verify
@@ -27,6 +28,8 @@ from lora_da_core.errors import LoraDAError, OptionError
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 LONGEST_SURPRISE = 500
 """Characters that are shown of an error that nobody foresaw."""
+QUIET = ("torchao", "bitsandbytes", "torch.utils._pytree")
+"""Loggers of libraries that warn, as they are imported, of what a user of this program cannot act on."""
 
 
 class OneLineErrors(TyperGroup):
@@ -48,7 +51,8 @@ class OneLineErrors(TyperGroup):
             # typer's own errors: their class has moved between its versions, their interface has not.
             if not hasattr(error, "format_message"):
                 raise
-            _complain(f"{error.format_message().rstrip('.')}. See --help.")
+            message = error.format_message().rstrip(".")
+            _complain(f"{message}{'' if message.endswith('?') else '.'} See --help.")
             status = WRONG_USE
         sys.exit(status if isinstance(status, int) else DONE)
 
@@ -91,6 +95,9 @@ def main() -> None:
     if not sys.warnoptions:
         # Libraries announce their own changes by it; a user of this program cannot act on them.
         warnings.simplefilter("ignore", FutureWarning)
+    if "--debug" not in sys.argv:
+        for name in QUIET:
+            logging.getLogger(name).setLevel(logging.ERROR)
     app()
 
 
@@ -146,6 +153,9 @@ def _inspect(
     from lora_da_core.report import plot_spectra
 
     report = storage.read_report(directory)
+    picture = directory / PICTURE_FILE if plot is None else plot
+    if not picture.parent.is_dir():
+        raise OptionError(f"--plot {picture}: the folder {picture.parent} does not exist.")
     if as_json:
         typer.echo(json.dumps(storage.report_to_json(report), indent=1, ensure_ascii=False))
     else:
@@ -153,7 +163,6 @@ def _inspect(
         for sentence in report.notes:
             typer.echo(f"note: {sentence}")
     if plot is not None or not as_json:
-        picture = directory / PICTURE_FILE if plot is None else plot
         plot_spectra(report, picture)
         typer.echo(f"picture saved to {picture}", err=as_json)
 
@@ -177,7 +186,7 @@ def _plugins(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON 
     if as_json:
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
     else:
-        console().print(plugin_table(records))
+        table_console().print(plugin_table(records))
 
 
 # ablate

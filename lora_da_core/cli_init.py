@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
 
+NARROWEST = 80
+"""Columns of a table on a terminal with fewer."""
 MANY_LAYERS = 40
 """From here on `init` shows one line per kind of module instead of one per layer."""
 PICTURE_FILE = "spectra.png"
@@ -275,7 +277,7 @@ def show(report: RunReport, *, brief: bool = False) -> None:
     """
     from lora_da_core.report import WIDE, group_table, layer_table, totals
 
-    out = console()
+    out = table_console()
     out.print(group_table(report) if brief else layer_table(report, wide=out.width >= WIDE))
     out.print()
     out.print(totals(report))
@@ -288,3 +290,10 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, quiet=quiet)
+
+
+def table_console() -> Console:
+    """A console for tables: a narrow terminal wraps their lines, and nothing of a row is cut off."""
+    wide_enough = console()
+    wide_enough.width = max(wide_enough.width, NARROWEST)
+    return wide_enough

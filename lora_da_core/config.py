@@ -136,6 +136,15 @@ class LoraDAConfig:
         if self.rounds > 1 and not self.automatic_scale:
             raise OptionError(f"rounds is {self.rounds} with a fixed scale; only scale='auto' takes several rounds.")
 
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in self.changed().items())
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from the defaults."""
+        values = ((entry, getattr(self, entry.name)) for entry in fields(self))
+        return {entry.name: value for entry, value in values if value != entry.default}
+
     @property
     def automatic_scale(self) -> bool:
         """Whether the scale comes from the data."""

@@ -33,7 +33,7 @@ FEW_SAMPLES, FEW_TOKENS_PER_RANK = 8, 10
 """Below these a warning says that the estimate is poor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimates:
     """What the passes over the data left behind. Rank, α, β, N, damping, scale and solver enter only later.
 
@@ -56,6 +56,10 @@ class Estimates:
     seconds: Mapping[str, float]
     later: Sequence[Sequence[Batch]] = ()
     unseen: Sequence[Batch] = ()
+
+    def __repr__(self) -> str:
+        made = f"{self.task.estimator.name} and {self.task.gradient.name}"
+        return f"<Estimates: {len(self.task.specs)} layers, {self.statistics.samples:,} samples, by {made}>"
 
     def gradient(self, spec: LayerSpec) -> LinearMap:
         """G of a layer, (out, in), made when asked for: all of them at once would double the memory.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
+from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
 from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
@@ -111,7 +112,7 @@ class Workload:
         return BatchShape(min(self.batch.samples, SEARCH_SAMPLES), self.max_length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a run will take; the process itself, its libraries above all, comes on top.
 
@@ -140,6 +141,21 @@ class Plan:
     fits: bool
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        limit = (
+            "" if self.max_memory is None else f" of {size_text(self.max_memory)}{'' if self.fits else ', too much'}"
+        )
+        return f"<Plan: {size_text(self.peak_bytes)}{limit}, {passes}, {self.layers} layers>"
+
+    def _repr_html_(self) -> str:
+        totals = [(phase, "together", size_text(total)) for phase, total in self.phases().items()]
+        rows = [(row.phase, row.what, size_text(row.bytes)) for row in self.rows]
+        notes = [("note", sentence, "") for sentence in self.notes]
+        fits = "" if self.max_memory is None else f"of {size_text(self.max_memory)}{'' if self.fits else ': too much'}"
+        peak = [("peak", fits, size_text(self.peak_bytes)), ("passes", "over the data", str(self.passes))]
+        return html_table([*rows, *totals, *peak, *notes], ("phase", "what", "memory"))
 
     def phases(self) -> dict[str, int]:
         """Bytes by phase, in order."""

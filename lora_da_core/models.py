@@ -313,7 +313,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise OptionError(f"device '{name}' cannot be used: {reason(error)} Take 'auto', or 'cpu'.") from error
+        raise OptionError(f"device '{name}' cannot be used: {_refusal(error)} Take 'auto', or 'cpu'.") from error
     if device.type == "meta":
         raise OptionError("device 'meta' holds no values to compute with. Take 'auto', or 'cpu'.")
     return device
@@ -326,10 +326,15 @@ def _device_type(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise OptionError(f"device '{name}' is unknown: {reason(error)} Take 'auto', 'cpu' or 'cuda'.") from error
+        raise OptionError(f"device '{name}' is unknown: {_refusal(error)} Take 'auto', 'cpu' or 'cuda'.") from error
     if device.type == "meta":
         raise OptionError("device 'meta' holds no values to compute with. Take 'auto', 'cpu' or 'cuda'.")
     return device
+
+
+def _refusal(error: Exception) -> str:
+    """What torch says of a device, without the list of all the kinds that were ever thought of."""
+    return "torch knows no such device." if "device string" in str(error) else reason(error)
 
 
 def _accelerator() -> str | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_da_core.agreement import agree
 from lora_da_core.allocation import Allocation
@@ -23,6 +23,7 @@ from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
+from lora_da_core.display import html_table
 from lora_da_core.distributed import ALONE, World, joined
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
@@ -39,7 +40,7 @@ from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
 
 logger = logging.getLogger(__name__)
@@ -363,6 +364,16 @@ class Pipeline:
                 )
         return found
 
+    def _repr_html_(self) -> str:
+        options = self.components.options()
+        rows = [
+            (kind, name, ", ".join(f"{key}={value!r}" for key, value in options[kind].items()))
+            for kind, name in self.components.names().items()
+        ]
+        changed = self.config.changed()
+        settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
+        return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
+
     def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
         """Refuses what no allocation can serve, before any work."""
         from lora_da_core import adapter
@@ -387,122 +398,3 @@ class Pipeline:
                 "the base model to get_lora_da_model."
             )
         Allocation(self.registry, allocator, specs)
-
-
-@shortage_named("the adapter was made", "Free memory, or give a smaller rank.")
-def get_lora_da_model(
-    model: nn.Module,
-    peft_config: LoraConfig,
-    batches: Iterable[Batch],
-    *,
-    pipeline: Pipeline | None = None,
-    adapter_name: str = "default",
-) -> PeftModel:
-    """Runs the pipeline and wraps the model with the initialised adapter.
-
-    Args:
-        model: A base model.
-        peft_config: The LoRA configuration.
-        batches: As `Pipeline.run` takes them.
-        pipeline: None builds the default one.
-        adapter_name: Name of the adapter.
-
-    Returns:
-        A stock PeftModel; with what the configuration's `offset` and `frozen` ask for.
-    """
-    from lora_da_core import adapter
-
-    if adapter.is_peft_model(model):
-        raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
-    adapter.check_adapter_name(adapter_name)
-    chosen = pipeline or build_pipeline()
-    result = chosen.run(model, batches, peft_config)
-    fitted, start = get_lora_da_config(peft_config, result), chosen.config
-    return adapter.apply(model, fitted, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
-
-
-def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:
-    """The LoRA configuration that a result's factors fit: with the ranks that an allocator gave, as patterns.
-
-    PEFT's factor on B·A stays what it was in every layer: α/r, or α/√r with rsLoRA, of the configured rank.
-
-    Args:
-        peft_config: The configuration of the run.
-        result: The run's result.
-
-    Returns:
-        A copy; an equal one where no allocator was asked.
-    """
-    from lora_da_core import adapter
-
-    return adapter.allocated_config(peft_config, result.report.allocation)
-
-
-def get_lora_da_state_dict(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    peft_config: LoraConfig | None = None,
-    *,
-    pipeline: Pipeline | None = None,
-    adapter_name: str = "default",
-) -> dict[str, Tensor]:
-    """Runs the pipeline and returns the factors under PEFT's key names, to be given to `initialize_lora_da_weights`.
-
-    Args:
-        model: A base model, or a PeftModel that carries the adapter.
-        batches: As `Pipeline.run` takes them.
-        peft_config: The LoRA configuration; None takes the PeftModel's own.
-        pipeline: None builds the default one.
-        adapter_name: The adapter, where the model carries several.
-
-    Returns:
-        `base_model.model.<module>.lora_A.weight` and `…lora_B.weight`.
-
-    Raises:
-        OptionError: The pipeline has an allocator.
-    """
-    from lora_da_core import adapter
-
-    chosen = pipeline or build_pipeline()
-    if chosen.components.allocator is not None:
-        raise OptionError(
-            "a state dict does not hold the ranks' scaling that an allocator gives; use get_lora_da_model, or "
-            "Pipeline.run and get_lora_da_config."
-        )
-    result = chosen.run(model, batches, peft_config, adapter_name=adapter_name)
-    return adapter.state_dict(result.factors)
-
-
-@shortage_named("the adapter was written", "Free memory, or give a smaller rank.")
-def initialize_lora_da_weights(
-    peft_model: PeftModel,
-    batches: Iterable[Batch] | None = None,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    adapter_name: str = "default",
-    pipeline: Pipeline | None = None,
-) -> None:
-    """Initialises an adapter of a PeftModel in place, from data or from a state dict computed before.
-
-    Args:
-        peft_model: A PeftModel.
-        batches: As `Pipeline.run` takes them; not with `state_dict`.
-        state_dict: As `get_lora_da_state_dict` returns it.
-        adapter_name: The adapter.
-        pipeline: None builds the default one.
-
-    Raises:
-        OptionError: Not exactly one of `batches` and `state_dict` is given.
-    """
-    from lora_da_core import adapter
-
-    if (batches is None) == (state_dict is None):
-        raise OptionError("give either batches or state_dict.")
-    if state_dict is not None or batches is None:
-        adapter.write(peft_model, state_dict or {}, adapter_name)
-        return
-    chosen = pipeline or build_pipeline()
-    result = chosen.run(peft_model, batches, adapter_name=adapter_name)
-    adapter.write(peft_model, adapter.state_dict(result.factors), adapter_name)
-    start = chosen.config
-    adapter.settle(peft_model, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)

@@ -208,7 +208,12 @@ def read_report(directory: Path) -> RunReport:
     Raises:
         StorageError: There is none, or it is damaged.
     """
-    return report_from_json(_read_json(directory / REPORT_FILE))
+    path = directory / REPORT_FILE
+    content = _read_json(path)
+    try:
+        return report_from_json(content)
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from error
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -306,7 +311,7 @@ def file_digest(path: Path) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{path} does not exist; give a directory that 'lora-da init' wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error

@@ -1,12 +1,19 @@
-"""Plain records that rooms and plugins hand to each other. No behaviour beyond validation of shapes."""
+"""Plain records that rooms and plugins hand to each other. No behaviour beyond how they show themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
+
+from lora_da_core import summaries
+from lora_da_core.errors import OptionError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Batch = Mapping[str, Any]
 """One batch as the model takes it: tensors whose first dimension counts samples, `labels` among them."""
@@ -209,7 +216,7 @@ class LayerReport:
     digest_B: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """What a whole run did; every field is JSON-representable.
 
@@ -245,10 +252,69 @@ class RunReport:
     base: str
     allocation: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<RunReport: {summaries.in_brief(self)}>"
 
-@dataclass(frozen=True)
+    def __str__(self) -> str:
+        return "\n".join(f"{key}: {value}" for key, value in summaries.summary(self).items())
+
+    def _repr_html_(self) -> str:
+        return summaries.as_html(self)
+
+    def plot_spectra(self) -> Figure:
+        """A picture of every layer's spectrum and residual.
+
+        Returns:
+            A matplotlib figure, which a notebook shows; `savefig` writes it to a file.
+
+        Raises:
+            OptionError: There is no layer to draw, or matplotlib cannot be imported.
+        """
+        if not self.layers:
+            raise OptionError("the report holds no layer, so there is no spectrum to draw.")
+        try:
+            from lora_da_core.spectra import spectra_figure
+        except ImportError as error:
+            raise OptionError(f"plot_spectra needs matplotlib ({error}): pip install matplotlib.") from error
+        return spectra_figure(self)
+
+    def to_pandas(self) -> DataFrame:
+        """What was found, one row per layer.
+
+        Returns:
+            A table indexed by the layer's name, with the fields of `LayerReport` as columns: Ritz values as `ritz_1`,
+            …, damping as `damping_<factor>`, the gradient's own error as `gradient_<name>`, remedies as one text.
+
+        Raises:
+            OptionError: pandas cannot be imported.
+        """
+        try:
+            from pandas import DataFrame, Index
+        except ImportError as error:
+            raise OptionError(f"to_pandas needs pandas ({error}): pip install pandas.") from error
+        return DataFrame(summaries.records(self.layers), Index([layer.name for layer in self.layers], name="name"))
+
+
+@dataclass(frozen=True, repr=False)
 class LoraDAResult:
     """The factors by name of the module, or of a fused experts' parameter, and the report of how they came about."""
 
     factors: Mapping[str, LoraFactors]
     report: RunReport
+
+    def __repr__(self) -> str:
+        return f"<LoraDAResult: {summaries.in_brief(self.report)}>"
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+    def plot_spectra(self) -> Figure:
+        """As `RunReport.plot_spectra`."""
+        return self.report.plot_spectra()
+
+    def to_pandas(self) -> DataFrame:
+        """As `RunReport.to_pandas`."""
+        return self.report.to_pandas()

@@ -448,9 +448,9 @@ class TestResuming:
         (tmp_path / "results.jsonl").write_text('{"cell": "a", "status": "done"}\nnonsense\n')
         with pytest.raises(StorageError, match="line 2 is not a record"):
             run_grid(content(world, {"rank": [2]}), tmp_path)
-        with pytest.raises(StorageError, match="not a grid's results"):
+        with pytest.raises(OptionError, match="not a grid's results"):
             run_grid(content(world, {"rank": [2]}), world)
-        with pytest.raises(StorageError, match="is a file"):
+        with pytest.raises(OptionError, match="is a file"):
             run_grid(content(world, {"rank": [2]}), world / "data.jsonl")
 
     def test_two_runs_do_not_write_to_one_directory(self, world, tmp_path):

@@ -353,6 +353,9 @@ def test_output_to_a_file_holds_no_control_characters(world):
         )
     text = (world / "log").read_bytes().decode("utf-8")
     assert "saved to piped" in text
+    # Before the report there is nothing of other libraries.
+    told = re.compile(r"(note|warning): |(statistics|solve|scale|gradient): \d")
+    assert not [line for line in re.split(r"\n +damping|\nlayer ", text)[0].splitlines() if not told.match(line)]
     assert [character for character in text if not character.isprintable() and character != "\n"] == []
     assert len([line for line in text.splitlines() if line.startswith("solve: ")]) <= LINES_PER_PHASE
 

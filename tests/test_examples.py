@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
@@ -78,9 +79,50 @@ def test_the_merged_model_is_a_plain_one_and_another_than_the_base(
     assert changed and all("proj" in key for key in changed)
 
 
-def test_every_script_is_listed_and_short() -> None:
+def test_the_quickstart_ends_with_a_model_to_train(
+    example: object, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = example("quickstart").main(given(world, tmp_path, "--samples", "16"))  # type: ignore[operator]
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert len(trained) == 14 and all(bool(value.any()) for value in trained.values())
+    assert (tmp_path / "spectra.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert out.startswith("Pipeline(estimator='kfac'") and "7, " in out and "q_proj" in out
+
+
+@pytest.mark.parametrize("plugin", ["odelora", "riemannion", "rac_lora", "laplace"])
+def test_a_trainer_s_plugin_trains(plugin: str, example: object, world: Path, tmp_path: Path) -> None:
+    options = given(world, tmp_path, "--plugin", plugin, "--steps", "4", "--samples", "16")
+    losses = example("train_with_plugin").main(options)  # type: ignore[operator]
+    assert len(losses) == 4 and all(math.isfinite(float(loss)) for loss in losses)
+
+
+def test_both_starts_are_trained_and_drawn(example: object, world: Path, tmp_path: Path) -> None:
+    options = given(world, tmp_path, "--steps", "3", "--samples", "16")
+    curves = example("finetune_trainer").main(options)  # type: ignore[operator]
+    assert {name: len(losses) for name, losses in curves.items()} == {"default LoRA": 3, "LoRA-DA": 3}
+    assert curves["LoRA-DA"][0] < curves["default LoRA"][0]
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "cells"),
+    [("ablation_estimators", ["--seeds", "1"], 12), ("ablation_solvers", ["--ranks", "2", "4"], 12)],
+)
+def test_an_ablation_reports_every_cell(
+    name: str, rest: list[str], cells: int, example: object, world: Path, tmp_path: Path
+) -> None:
+    example(name).main(given(world, tmp_path, "--layers", "0", "--samples", "8", *rest))  # type: ignore[operator]
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [record["status"] for record in records] == ["done"] * cells, [record["error"] for record in records]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_every_script_is_listed_short_and_says_what_it_is() -> None:
     page = (EXAMPLES / "README.md").read_text()
     for path in EXAMPLES.glob("*.py"):
+        source = path.read_text()
         assert f"`{path.name}`" in page, path.name
-    for name in ("sft_trl", "dpo_trl", "accelerate_loop", "quantized", "merge_and_generate"):
-        assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 80, name
+        assert len(source.splitlines()) <= 80, path.name
+        head = ast.get_docstring(ast.parse(source))
+        assert head is not None and len(head.split()) >= 12, path.name

@@ -2,8 +2,10 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import Distribution
@@ -29,10 +31,16 @@ def python(*arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """A source distribution, and the wheel that is built from it alone."""
     directory = tmp_path_factory.mktemp("dist")
-    python("-m", "build", "--wheel", "--no-isolation", "--outdir", directory, ROOT, cwd="/")
-    (path,) = directory.glob("*.whl")
+    python("-m", "build", "--no-isolation", "--outdir", directory, ROOT, cwd="/")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     return path
 
 
@@ -92,6 +100,17 @@ def canonical(requirement):
     for sign in "<>=!~[ ":
         name = name.partition(sign)[0]
     return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+class TestSourceDistribution:
+    def test_it_holds_what_a_developer_needs_and_nothing_that_was_built(self, built):
+        (path,) = built.glob("*.tar.gz")
+        with tarfile.open(path) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        needed = ("Makefile", "mkdocs.yml", "constraints.txt", "CHANGELOG.md", "tests/conftest.py", "docs/index.md")
+        assert [name for name in needed if name not in names] == []
+        built_here = re.compile(r"(\.venv|site|runs|dist|\.git)/|.*__pycache__/|.*\.pyc$")
+        assert [name for name in names if built_here.match(name)] == []
 
 
 class TestWheel:

@@ -7,8 +7,9 @@ from matplotlib.image import imread
 from rich.console import Console
 from rich.table import Table
 
+from lora_da_core.display import abbreviate, number
 from lora_da_core.errors import StorageError
-from lora_da_core.report import abbreviate, group_table, layer_table, number, plot_spectra, plugin_table, totals
+from lora_da_core.report import group_table, layer_table, plot_spectra, plugin_table, totals
 from lora_da_core.types import LayerReport, RunReport
 
 MODULES = {
@@ -204,13 +205,13 @@ def test_plugin_table_shows_reasons():
 
 
 def test_plot_of_210_layers_is_a_picture_with_one_line_per_layer(tmp_path):
-    from lora_da_core.report import _spectra_figure
+    from lora_da_core.spectra import spectra_figure
 
     report = big_report()
     plot_spectra(report, tmp_path / "spectra.png")
     picture = imread(tmp_path / "spectra.png")
     assert picture.shape[0] > 500 and picture.shape[1] > 800 and picture.std() > 0.05
-    axes = _spectra_figure(report).axes
+    axes = spectra_figure(report).axes
     panels = [entry for entry in axes if entry.get_title()]
     assert [entry.get_title() for entry in panels] == [f"{name.split('.')[-1]} (30)" for name in MODULES]
     assert sum(len(entry.lines) for entry in panels) == 210
@@ -253,10 +254,10 @@ def test_plot_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_positive_ritz_values_are_marked():
-    from lora_da_core.report import _spectra_figure
+    from lora_da_core.spectra import spectra_figure
 
     def marks(report):
-        (panel,) = [entry for entry in _spectra_figure(report).axes if entry.get_title()]
+        (panel,) = [entry for entry in spectra_figure(report).axes if entry.get_title()]
         return [list(line.get_xdata()) for line in panel.lines if line.get_marker() == "o" and len(line.get_xdata())]
 
     assert marks(report_of(layer())) == [[4]]

@@ -24,6 +24,12 @@ from lora_da_gradients.smoothed import Smoothed
 SPEC = LayerSpec("layer", "linear", 4, 3, 2, 1.0)
 
 
+@pytest.fixture(autouse=True)
+def examples_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example imports its task from beside it."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "examples")
+
+
 class Function(LossProbe):
     """A loss of one layer's change alone, twice for two samples."""
 

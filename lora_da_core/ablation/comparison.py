@@ -12,7 +12,7 @@ from typing import Any, Final
 from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, CONFIG_AXES
 from lora_da_core.ablation.results import DONE, Record
 from lora_da_core.config import NO_ALLOCATOR
-from lora_da_core.report import number
+from lora_da_core.display import number
 
 CONFIDENCE: Final = 0.95
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from lora_da_core.ablation.comparison import Configuration, pareto
 from lora_da_core.ablation.labels import MARKER, place_labels
-from lora_da_core.report import number
+from lora_da_core.display import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

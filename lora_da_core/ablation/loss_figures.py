@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from lora_da_core.ablation.comparison import Interval, final_losses, interval, learning_rates
 from lora_da_core.ablation.downstream import AtBest
 from lora_da_core.ablation.figures import Picture, legend_below, new_figure, png
-from lora_da_core.report import number
+from lora_da_core.display import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

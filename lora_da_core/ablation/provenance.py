@@ -11,7 +11,7 @@ from typing import Any, Final
 from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, make_grid
 from lora_da_core.ablation.results import FAILED, Record
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
-from lora_da_core.report import number
+from lora_da_core.display import number
 
 _FINGERPRINT: Final = 12
 """Digits of a fingerprint that are shown."""

@@ -150,10 +150,10 @@ def _check(grid: Grid, executor: str, jobs: int) -> None:
 
 def _prepare(directory: Path) -> None:
     if directory.exists() and not directory.is_dir():
-        raise StorageError(f"{directory} is a file; give a directory.")
+        raise OptionError(f"{directory} is a file; give a directory.")
     files = [path.name for path in directory.iterdir()] if directory.exists() else []
     if any(not name.startswith(".") for name in files) and not {RESULTS, RUN} & set(files):
-        raise StorageError(f"{directory} holds something that is not a grid's results; give another directory.")
+        raise OptionError(f"{directory} holds something that is not a grid's results; give another directory.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

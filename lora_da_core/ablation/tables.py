@@ -12,7 +12,7 @@ from lora_da_core.ablation.comparison import Configuration, Difference, Interval
 from lora_da_core.ablation.downstream import AtBest
 from lora_da_core.ablation.page import Cell, Column, Table
 from lora_da_core.ablation.results import Record
-from lora_da_core.report import number
+from lora_da_core.display import number
 
 MOST_STEPS: Final = 6
 """Evaluated steps that get columns of their own: the first, the last, and others evenly among them."""
