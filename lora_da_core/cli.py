@@ -56,6 +56,9 @@ class OneLineErrors(TyperGroup):
         rest["standalone_mode"] = False
         try:
             status = super().main(given, prog_name or "lora-da", **rest)
+        except (KeyboardInterrupt, typer.Abort):  # outside of a command, or where a library turns one into the other
+            _complain("interrupted.")
+            status = INTERRUPTED
         except Exception as error:
             # typer's own errors: their class has moved between its versions, their interface has not.
             if not hasattr(error, "format_message"):

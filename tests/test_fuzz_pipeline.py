@@ -109,8 +109,8 @@ def check_theorem(outcome: Outcome) -> float:
             continue
         values = torch.linalg.eigvalsh(dense.omega)
         size = float(values.abs().max())
-        if size == 0 or not layer.converged:
-            event("theorem: Ω is zero, or the solver says that it did not converge")
+        if size == 0 or not layer.converged or any("may be" in each for each in layer.remedies):
+            event("theorem: Ω is zero, or the report says that the solver or the precision did not do")
             continue
         event("theorem: checked")
         basis = basis_of(pair)

@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from lora_da_core.config import NO_ALLOCATOR, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
 from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
+from lora_da_core.sources import read_settings_file
 
 Choice = tuple[str, dict[str, Any]]
 """A component's name and all its options, the default ones included."""
@@ -44,7 +44,7 @@ _ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
     "frozen": (None, "none"),
 }
 """Values of settings that came later and are no part of an identity: cells keep the names they had before."""
-_WITHOUT_GAMMA: Final = {"auto", "unit"}
+_WITHOUT_GAMMA: Final = ("auto", "unit")
 _OBJECTIVE: Final = "causal_lm"
 _ID_LENGTH: Final = 16
 
@@ -163,7 +163,7 @@ def read_grid(path: Path | str, *, registry: Registry | None = None, **changes: 
         OptionError: The file cannot be read, or holds an unknown name or a value out of range.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_settings_file(Path(path))
     except OSError as error:
         raise OptionError(f"grid {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
@@ -253,7 +253,7 @@ class _Expansion:
 
     def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
         axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
-        if "gamma" in axes and not set(axes.setdefault("scale", ["fixed"])) - _WITHOUT_GAMMA:
+        if "gamma" in axes and all(rule in _WITHOUT_GAMMA for rule in axes.setdefault("scale", ["fixed"])):
             raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
@@ -289,7 +289,7 @@ class _Expansion:
             options = dict(value)
             name = options.pop("name", None)
         else:
-            name, options = (value, {}) if isinstance(value, str) else (value[0], dict(value[1]))
+            name, options = value if isinstance(value, tuple) else (value, {})
         if not isinstance(name, str):
             raise OptionError(f'{kind} {value!r} has no name; write {{name = "…", option = …}}.')
         if name == AUTOMATIC.get(kind):
