@@ -133,7 +133,7 @@ def _back() -> Any:
 
 
 @given(arguments=command_lines())
-@fuzzed(25, 1000)
+@fuzzed(20, 300)
 def test_any_command_line_gives_an_adapter_or_one_line(here: Path, arguments: list[str]) -> None:
     target = here / "fuzzed"
     given = ["--samples", "8", "--rank", "2", "--target-modules", "q_proj,v_proj"]
@@ -155,7 +155,7 @@ def test_any_command_line_gives_an_adapter_or_one_line(here: Path, arguments: li
     ),
     suffix=st.sampled_from([".toml", ".json"]),
 )
-@fuzzed(40, 1000)
+@fuzzed(25, 300)
 def test_any_settings_file_gives_an_adapter_or_one_line(here: Path, settings: dict[str, Any], suffix: str) -> None:
     path = here / f"settings{suffix}"
     try:
@@ -170,7 +170,7 @@ def test_any_settings_file_gives_an_adapter_or_one_line(here: Path, settings: di
 
 
 @given(content=st.one_of(st.binary(max_size=64), st.text(max_size=64).map(lambda text: text.encode(errors="ignore"))))
-@fuzzed(20, 500)
+@fuzzed(12, 200)
 def test_any_bytes_as_a_settings_file_a_grid_or_a_report_give_one_line(here: Path, content: bytes) -> None:
     (here / "broken").mkdir(exist_ok=True)
     for name in ("broken.toml", "broken.json", f"broken/{storage.REPORT_FILE}", f"broken/{storage.SETTINGS_FILE}"):
@@ -267,7 +267,7 @@ def report(here: Path) -> dict[str, Any]:
 
 
 @given(place=st.lists(st.integers(0, 30), min_size=1, max_size=3), value=VALUES, removed=st.booleans())
-@fuzzed(40, 1500)
+@fuzzed(25, 500)
 def test_a_report_that_was_changed_is_shown_or_refused(
     here: Path, report: dict[str, Any], place: list[int], value: Any, removed: bool
 ) -> None:

@@ -85,7 +85,7 @@ def test_many_runs_leave_nothing_behind(solver: str, tmp_path: Path) -> None:
 # Ctrl-C in the library
 
 
-def interrupt(*_: Any) -> None:
+def interrupt(*_: Any, **__: Any) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
