@@ -205,6 +205,18 @@ def test_hostile_settings_files_are_refused_by_name(here: Path, name: str, text:
             read_grid(here / name)
 
 
+def test_a_grid_of_more_cells_than_anyone_can_run_is_refused_at_once() -> None:
+    axes = {name: list(range(1, 1000)) for name in ("rank", "samples", "damping", "beta", "alpha", "gamma")}
+    with pytest.raises(lora_da_core.OptionError, match="more than 100000; divide the grid"):
+        make_grid({"run": {"model": "m", "data": "d"}, "grid": axes}, registry=REGISTRY)
+
+
+def test_a_grid_that_holds_no_tables_is_refused(here: Path) -> None:
+    (here / "list.json").write_text("[1]")
+    with pytest.raises(lora_da_core.OptionError, match="holds no tables"):
+        read_grid(here / "list.json")
+
+
 RUN_FIELDS = [entry.name for entry in dataclasses.fields(RunSettings)]
 TUNE_FIELDS = [entry.name for entry in dataclasses.fields(FinetuneSettings)]
 FITTING = st.sampled_from(

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -44,6 +45,9 @@ _ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
     "frozen": (None, "none"),
 }
 """Values of settings that came later and are no part of an identity: cells keep the names they had before."""
+MOST_CELLS: Final = 100_000
+"""Cells of the largest grid."""
+
 _WITHOUT_GAMMA: Final = ("auto", "unit")
 _OBJECTIVE: Final = "causal_lm"
 _ID_LENGTH: Final = 16
@@ -168,6 +172,8 @@ def read_grid(path: Path | str, *, registry: Registry | None = None, **changes: 
         raise OptionError(f"grid {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise OptionError(f"grid {path} is not valid TOML: {error}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"grid {path} holds no tables.")
     content["run"] = {**content.get("run", {}), **changes} if isinstance(content.get("run", {}), dict) else None
     return make_grid(content, registry=registry, where=str(path))
 
@@ -255,6 +261,9 @@ class _Expansion:
         axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
         if "gamma" in axes and all(rule in _WITHOUT_GAMMA for rule in axes.setdefault("scale", ["fixed"])):
             raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
+        cells = math.prod(map(len, axes.values())) * len(self.run.seeds) * len(ranks)
+        if cells > MOST_CELLS:
+            raise OptionError(f"{self.where}: these lists make {cells} cells, more than {MOST_CELLS}; divide the grid.")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             for seed, rank in itertools.product(self.run.seeds, ranks):
