@@ -18,7 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTATED = ("lora_da_core/omega.py", "lora_da_core/operators.py", "lora_da_estimators/*.py", "lora_da_solvers/*.py")
-TESTS = ("omega", "operators", "solvers", "solver_failures", "estimators", "estimators_oracle", "estimators_reference")
+TESTS = (
+    "omega", "operators", "solvers", "solver_failures", "accelerator_arithmetic",
+    "estimators", "estimators_oracle", "estimators_reference",
+)  # fmt: skip
 OUTCOMES = {0: "survived", 1: "killed", 3: "killed", 5: "not tested", 33: "not tested", 34: "skipped", -24: "timed out"}
 """mutmut's exit codes; -24, 24, 36, 152 and 255 are all a timeout."""
 

@@ -198,7 +198,7 @@ def test_any_bytes_as_a_settings_file_a_grid_or_a_report_give_one_line(here: Pat
 )
 def test_hostile_settings_files_are_refused_by_name(here: Path, name: str, text: str, says: str) -> None:
     (here / name).write_text(text)
-    outcome = invoke("init", "--model", "model", "--data", "data.jsonl", "--output", "fuzzed", "--config", name)
+    outcome = invoke("init", "--model", "model", "--data", "data.jsonl", "--output", "refused", "--config", name)
     assert outcome.exit_code == 2 and says in outcome.stderr
     if name.endswith(".toml") and "date" not in name and "code" not in name:
         with pytest.raises(lora_da_core.OptionError, match=says):

@@ -24,6 +24,7 @@ from lora_da_core.operators import (
     accumulation_dtype,
     add_product,
 )
+from lora_da_estimators._maps import converted
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -205,3 +206,19 @@ def test_products_are_added_in_the_totals_dtype(total_dtype: torch.dtype, rows_d
     add_product(after, left, right)
     assert after.dtype == total_dtype
     torch.testing.assert_close(after, before + left.to(total_dtype).mT @ right.to(total_dtype))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_converted_map_takes_and_gives_the_other_dtype(number: int) -> None:
+    linear, matrix = maps()[number]
+    assert converted(linear, torch.float64) is linear
+    narrow = converted(linear, torch.float32)
+    assert (narrow.shape, narrow.dtype, narrow.device) == ((5, 4), torch.float32, torch.device("cpu"))
+    products = {
+        "M": (narrow.matmat(draw(4, 2, dtype=torch.float32)), matrix @ draw(4, 2)),
+        "its transpose": (narrow.rmatmat(draw(5, 2, dtype=torch.float32)), matrix.mT @ draw(5, 2)),
+        "densely": (narrow.to_dense(), matrix),
+    }
+    for found, expected in products.values():
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
