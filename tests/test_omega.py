@@ -22,6 +22,7 @@ from lora_da_core.omega import (
     balanced_factors,
     evenly_divided_factors,
     fixed_factors,
+    forms_step,
     of_norm,
     omega,
     paired,
@@ -283,3 +284,10 @@ def test_stable_factors_are_those_of_lora_ga() -> None:
     assert pair.A.dtype == pair.B.dtype == torch.float32
     torch.testing.assert_close(pair.A.double(), factor * solution.basis.mT, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(pair.B.double(), factor * solution.projected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "side"), [("cpu", 2**11), ("cuda", 2**13)])
+def test_a_step_is_stored_up_to_its_devices_number_of_elements(device: str, side: int) -> None:
+    place = torch.device(device)
+    assert forms_step(side, side, place) and forms_step(side // 2, 2 * side, place)
+    assert not forms_step(side, side + 1, place) and not forms_step(2 * side, side // 2 + 1, place)
