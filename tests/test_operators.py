@@ -25,6 +25,8 @@ from lora_da_core.operators import (
     add_product,
 )
 from lora_da_estimators._maps import converted
+from lora_da_estimators._samples import by_sample
+from lora_da_solvers.davidson import Davidson, DavidsonOptions
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -222,3 +224,27 @@ def test_a_converted_map_takes_and_gives_the_other_dtype(number: int) -> None:
     for found, expected in products.values():
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", [[0, 1, 2], [2, 0, 1], [0, 2, 1], [1, 0, 2, 0, 1]])
+def test_tokens_of_a_sample_are_found_in_any_order(example: list[int]) -> None:
+    owners = torch.tensor(example)
+    x, g = draw(len(example), 3), draw(len(example), 2, seed=1)
+    parts = list(by_sample(x, g, owners))
+    assert len(parts) == 3
+    for number, (inputs, grads) in enumerate(parts):
+        assert torch.equal(inputs, x[owners == number]) and torch.equal(grads, g[owners == number])
+
+
+def test_a_result_that_was_not_verified_is_not_called_converged() -> None:
+    matrix = torch.diag(torch.linspace(-3, 3, 40, dtype=torch.float64))
+    results = []
+    for budget in range(1, 60):
+        solver = Davidson(DavidsonOptions(max_applies=budget))
+        results.append(solver.smallest(Dense(matrix), 2, generator=torch.Generator().manual_seed(0)))
+        assert results[-1].applies <= budget + 2  # a first block and the final residuals are always applied
+    found = [bool(result.converged) for result in results]
+    accurate = [bool((result.residuals < 1e-6).all()) for result in results]
+    assert found[-1] and not found[0]
+    # For some budgets the residuals are small and nothing has looked for a hidden copy.
+    assert any(small and not converged for small, converged in zip(accurate, found, strict=True))
