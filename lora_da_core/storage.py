@@ -192,9 +192,20 @@ def report_from_json(data: Any) -> RunReport:
     try:
         layers = tuple(_layer_from_json(layer) for layer in data["layers"])
         rest = {key: value for key, value in data.items() if key != "layers"}
-        return RunReport(layers=layers, **_fields_from_json(RunReport, rest))
+        values = _fields_from_json(RunReport, rest)
+        _check_allocation(values.get("allocation", {}))
+        return RunReport(layers=layers, **values)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
+
+
+def _check_allocation(allocation: Mapping[str, Any]) -> None:
+    """Refuses an allocation that no run writes: what of it is shown must be there, and be numbers."""
+    if allocation and not isinstance(allocation["unit"], str):
+        raise TypeError("allocation: its unit is no text")
+    for name in ("spent", "budget", "gain", "configured_gain") if allocation else ():
+        if not isinstance(allocation[name], (int, float)):
+            raise TypeError(f"allocation: its {name} is no number")
 
 
 def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:

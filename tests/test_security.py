@@ -326,6 +326,16 @@ def test_brackets_within_text_are_no_nesting(tmp_path: Path, monkeypatch: pytest
         assert [row["text"] for row in data.load_rows(path)] == [row["text"] for row in rows]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("allocation", [{"a": 1}, {"unit": "rank", "spent": None}, {"unit": 1}, 5])
+def test_an_allocation_that_no_run_writes_is_refused(here: Path, tmp_path: Path, allocation: Any) -> None:
+    target = tmp_path / "adapter"
+    assert invoke(*INIT, "--data", "data.jsonl", "--output", str(target)).exit_code == 0
+    content = {**json.loads((target / storage.REPORT_FILE).read_text()), "allocation": allocation}
+    (target / storage.REPORT_FILE).write_text(json.dumps(content))
+    outcome = invoke("inspect", str(target))
+    assert outcome.exit_code == 1 and "this is not a lora-da report" in outcome.stderr
+
+
 def test_a_report_without_end_is_refused(tmp_path: Path) -> None:
     for content in ("[" * 100000, '{"layers": ' + "[" * 100000, " " * 2**26 + "{}"):
         (tmp_path / storage.REPORT_FILE).write_text(content)
