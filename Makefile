@@ -1,10 +1,12 @@
 # make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests. make check: format, lint, types, layers.
+# make nightly: thousands of fuzzed examples and 200 runs in one process. make mutation: mutation tests (SAMPLE=200 tries 200 of them).
+# make audit: known vulnerabilities of the pinned dependencies; it asks the network.
 PYTHON ?= python3
 SAMPLES ?= 64
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: run test check format clean
+.PHONY: run test check nightly mutation audit format clean
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
@@ -18,6 +20,17 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+nightly: .venv/installed
+	$(BIN)/python -m pytest tests/test_fuzz_pipeline.py tests/test_fuzz_options.py tests/test_long_runs.py \
+		--hypothesis-profile=nightly --hypothesis-show-statistics -p no:logging
+	$(BIN)/python -m pytest -m nightly
+
+mutation: .venv/installed
+	$(BIN)/python .ci/mutation.py $(if $(SAMPLE),--sample $(SAMPLE))
+
+audit: .venv/installed
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -60,10 +60,13 @@ def check_adapter_name(name: str) -> None:
         name: Of an adapter that is to be made.
 
     Raises:
-        OptionError: The name is empty, holds a dot, or is part of PEFT's own prefix.
+        OptionError: The name is empty, holds a dot, or is part of PEFT's own prefix; or it is no name of a directory,
+            which PEFT makes of it where it saves.
     """
     if not isinstance(name, str) or not name or "." in name or name in LORA_PREFIX:
         raise OptionError(
             f"adapter_name is {name!r}; PEFT takes names that are not empty, have no dot and are no part of "
             f"{LORA_PREFIX!r}."
         )
+    if any(character in "/\\" or not character.isprintable() for character in name):
+        raise OptionError(f"adapter_name is {name!r}; it is the name of a directory too, so it holds no / and no \\.")

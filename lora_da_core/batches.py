@@ -212,8 +212,8 @@ def divided(batches: Sequence[Batch], parts: int) -> list[list[Batch]]:
     for batch in batches:
         size = len(batch["labels"])
         for part, taken in enumerate(found):
-            rows = torch.arange((part - start) % parts, size, parts)
-            if len(rows):
-                taken.append(take_rows(batch, rows))
+            first = (part - start) % parts
+            if first < size:
+                taken.append(take_rows(batch, torch.arange(first, size, parts)))
         start += size
     return found

@@ -47,6 +47,8 @@ class OneLineErrors(TyperGroup):
         rest["standalone_mode"] = False
         try:
             status = super().main(given, prog_name or "lora-da", **rest)
+        except (KeyboardInterrupt, typer.Abort):  # outside of a command, as typer's versions hand it on
+            status = INTERRUPTED
         except Exception as error:
             # typer's own errors: their class has moved between its versions, their interface has not.
             if not hasattr(error, "format_message"):
@@ -54,13 +56,14 @@ class OneLineErrors(TyperGroup):
             message = error.format_message().rstrip(".")
             _complain(f"{message}{'' if message.endswith('?') else '.'} See --help.")
             status = WRONG_USE
+        if status == INTERRUPTED:
+            _complain("interrupted.")
         sys.exit(status if isinstance(status, int) else DONE)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _complain("interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except LoraDAError as error:
             _trace(ctx)

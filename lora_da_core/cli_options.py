@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import typer
 
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
+from lora_da_core.sources import read_settings_file
 from lora_da_core.types import (
     Balance,
     DampingKind,
@@ -32,7 +32,7 @@ OptionsT = TypeVar("OptionsT")
 
 _DEFAULTS = LoraDAConfig()
 _SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distributed"}
-_NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume"})
+_NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume", "trust_remote_code"})
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -412,7 +412,7 @@ def _value(text: str) -> Any:
     """Numbers, true, false and null as JSON reads them (any case for words), everything else as text."""
     try:
         return json.loads(text.lower() if text.lower() in ("true", "false", "null") else text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, or brackets without end
         return text
 
 
@@ -425,6 +425,13 @@ def _file_defaults(path: Path, known: Mapping[str, bool]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0].replace('_', '-')!r}?" if close else ""
             raise OptionError(f"{path}: unknown option {key!r}.{hint} Run 'lora-da init --help' for all of them.")
+        if name == "trust_remote_code":
+            # A file that came with an adapter must not make a stranger's code run.
+            if value is not False:
+                raise OptionError(
+                    f"{path}: {key!r} is taken from the command line alone; give --trust-remote-code there."
+                )
+            continue
         if name in defaults:
             raise OptionError(f"{path}: option {key!r} is given twice.")
         defaults[name] = _as_option(path, key, value, repeatable=known[name])
@@ -433,8 +440,7 @@ def _file_defaults(path: Path, known: Mapping[str, bool]) -> dict[str, Any]:
 
 def _parse_file(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        content = read_settings_file(path)
     except OSError as error:
         raise OptionError(f"--config {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
@@ -459,4 +465,5 @@ def _as_option(path: Path, key: str, value: Any, *, repeatable: bool) -> Any:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """The value as `_value` reads it again; TOML's dates and times, which JSON has not, as text."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

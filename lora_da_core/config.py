@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -169,8 +170,7 @@ def _is_number(value: object) -> bool:
     return (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
+        and abs(value) <= sys.float_info.max  # NaN compares false; whole numbers have no bound of their own
     )
 
 

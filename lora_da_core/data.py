@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lora_da_core.data_files import check_data
 from lora_da_core.errors import DataError, OptionError
-from lora_da_core.sources import looks_like_path, nearby, reason
+from lora_da_core.sources import is_kind, local_path, looks_like_path, nearby, reason
 from lora_da_core.templates import Passage, RowFormat, row_format
 
 IGNORED = -100
@@ -112,10 +113,12 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
     Raises:
         DataError: There is no such file or data set, it cannot be read, or it is empty.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = local_path(source)
+    if is_kind(path, "file"):
         arguments = _file_arguments(path)
-    elif path.is_dir():
+        check_data(path)
+    elif is_kind(path, "directory"):
+        check_data(path)
         arguments = {"path": str(path)}
     elif looks_like_path(str(source), _BUILDERS):
         raise DataError(f"data file '{source}' does not exist. {nearby(path, _BUILDERS)}")

@@ -49,13 +49,13 @@ def parse_size(text: str) -> int:
         OptionError: It is something else, or zero.
     """
     match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 1 <= size < math.inf:
         raise OptionError(
             f"{text!r} is no size of memory; write a number above 0 and its unit, such as 24GiB (1024³ bytes), 24GB "
             "(1000³) or 800MB."
         )
-    return size
+    return int(size)
 
 
 def size_text(size: int) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_da_core.errors import ModelError, OptionError
-from lora_da_core.sources import looks_like_path, nearby, reason
+from lora_da_core.sources import is_kind, local_path, looks_like_path, nearby, reason
 
 _SUFFIXES = (".gguf",)
 
@@ -203,11 +203,11 @@ def load_shapes(
 
 def _location(source: str | Path, trust_remote_code: bool) -> dict[str, Any]:
     """What transformers' `from_pretrained` takes for a source."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = local_path(source)
+    if is_kind(path, "file"):
         _check_gguf(path)
         location: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    elif path.is_dir():
+    elif is_kind(path, "directory"):
         _check_directory(path)
         location = {"pretrained_model_name_or_path": str(path)}
     elif looks_like_path(str(source), _SUFFIXES):

@@ -158,7 +158,10 @@ class Registry:
 
         Raises:
             UnknownNameError: No such component, or several distributions claim the name.
+            OptionError: The name is no text.
         """
+        if not isinstance(name, str):
+            raise OptionError(f"{kind} is {name!r}; give a name.")
         for offer in self._offers:
             qualified = f"{offer.record.distribution}:{offer.record.name}"
             if offer.record.kind == kind and name in (_reachable_name(offer), qualified):

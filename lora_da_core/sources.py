@@ -1,10 +1,16 @@
-"""What a user may name as a source: a path or an id; and the one line that says why it could not be read."""
+"""What a user may name as a source: a path or an id; settings files; and the one line that says why not."""
 
 from __future__ import annotations
 
 import difflib
+import json
+import tomllib
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
+
+LARGEST_SETTINGS = 2**16
+"""Bytes of the largest file of settings that is read; dotted keys take time that grows with the square of theirs."""
 
 
 def looks_like_path(source: str, suffixes: Collection[str]) -> bool:
@@ -29,7 +35,7 @@ def nearby(path: Path, suffixes: Collection[str]) -> str:
         path: The missing path.
         suffixes: Files of these suffixes are named where no name is similar.
     """
-    if not path.parent.is_dir():
+    if not is_kind(path.parent, "directory"):
         return f"There is no folder '{path.parent}'."
     names = sorted(entry.name for entry in path.parent.iterdir())
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
@@ -45,3 +51,43 @@ def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     return text if text.endswith((".", "!")) else f"{text}."
+
+
+def read_settings_file(path: Path) -> Any:
+    """The content of a TOML file, or of a JSON file by its suffix.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large, no UTF-8, malformed, or nested deeper than its parser goes.
+    """
+    with path.open("rb") as file:
+        content = file.read(LARGEST_SETTINGS + 1)
+    if len(content) > LARGEST_SETTINGS:
+        raise ValueError(f"it is larger than {LARGEST_SETTINGS} bytes")
+    text = content.decode("utf-8")
+    try:
+        return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def local_path(source: str | Path) -> Path:
+    """The path that a source would have on this machine; `~` is the home of its user, where there is such a user."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
+def is_kind(path: Path, kind: str) -> bool:
+    """Whether a path is a `"file"` or a `"directory"`; a name that no file system takes is neither."""
+    try:
+        return path.is_file() if kind == "file" else path.is_dir()
+    except (OSError, ValueError):
+        return False

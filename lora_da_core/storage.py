@@ -9,12 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -23,6 +24,10 @@ from lora_da_core.types import LayerReport, RunReport
 
 REPORT_FILE = "lora_da_report.json"
 SETTINGS_FILE = "lora_da_config.json"
+LARGEST_JSON = 2**26
+"""Bytes of the largest report or settings that are read; those of a thousand layers have two million."""
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _SUFFIX = ".partial"
 """How the names of temporary siblings end."""
@@ -211,7 +216,7 @@ def read_report(directory: Path) -> RunReport:
     path = directory / REPORT_FILE
     content = _read_json(path)
     try:
-        return report_from_json(content)
+        return report_from_json(_without_controls(content))
     except StorageError as error:
         raise StorageError(f"{path}: {error}") from error
 
@@ -256,20 +261,52 @@ def report_from_json(data: Any) -> RunReport:
     try:
         layers = tuple(_layer_from_json(layer) for layer in data["layers"])
         rest = {key: value for key, value in data.items() if key != "layers"}
-        rest["notes"] = tuple(rest["notes"])
-        return RunReport(layers=layers, **rest)
-    except (TypeError, KeyError, AttributeError) as error:
+        values = _fields_from_json(RunReport, rest)
+        _check_allocation(values.get("allocation", {}))
+        return RunReport(layers=layers, **values)
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
 
 
+def _check_allocation(allocation: Mapping[str, Any]) -> None:
+    """Refuses an allocation that no run writes: what of it is shown must be there, and be numbers."""
+    if allocation and not isinstance(allocation["unit"], str):
+        raise TypeError("allocation: its unit is no text")
+    for name in ("spent", "budget", "gain", "configured_gain") if allocation else ():
+        if not isinstance(allocation[name], (int, float)):
+            raise TypeError(f"allocation: its {name} is no number")
+
+
 def _layer_from_json(data: Mapping[str, Any]) -> LayerReport:
-    values = dict(data)
-    for entry in fields(LayerReport):
-        if entry.type == "float" and values[entry.name] is None:
-            values[entry.name] = float("nan")
-    values["ritz_values"] = tuple(values["ritz_values"])
-    values["remedies"] = tuple(values["remedies"])
-    return LayerReport(**values)
+    return LayerReport(**_fields_from_json(LayerReport, data))
+
+
+def _fields_from_json(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a report's fields, each of the type that the class says."""
+    hints, values = get_type_hints(cls), dict(data)
+    for entry in fields(cls):
+        if entry.name in values:
+            try:
+                values[entry.name] = _value_from_json(hints[entry.name], values[entry.name])
+            except TypeError as error:
+                raise TypeError(f"{entry.name}: {error}") from error
+    return values
+
+
+def _value_from_json(hint: Any, value: Any) -> Any:
+    """The inverse of `_finite_or_none` for a type; what was not finite is NaN."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value_from_json(inner[0], each) for each in value)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _value_from_json(inner[1], each) for key, each in value.items()}
+    if hint is float and (value is None or (isinstance(value, int) and not isinstance(value, bool))):
+        return math.nan if value is None else float(value)
+    if origin is not None or not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+        raise TypeError(f"a {type(value).__name__} where a {getattr(hint, '__name__', hint)} belongs")
+    return value
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -278,6 +315,15 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite_or_none(inner) for key, inner in value.items()}
     return [_finite_or_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _without_controls(value: Any) -> Any:
+    """JSON values whose texts do nothing to a terminal that they are shown on."""
+    if isinstance(value, str):
+        return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {_without_controls(key): _without_controls(inner) for key, inner in value.items()}
+    return [_without_controls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_writable(directory: Path) -> None:
@@ -289,10 +335,13 @@ def check_writable(directory: Path) -> None:
     Raises:
         StorageError: It is a file, or it or the nearest parent that exists is not writable.
     """
-    if directory.exists() and not directory.is_dir():
-        raise StorageError(f"{directory} is a file; give a directory.")
-    parents = [directory.absolute(), *directory.absolute().parents]
-    parent = next(parent for parent in parents if parent.exists())
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise StorageError(f"{directory} is a file; give a directory.")
+        parents = [directory.absolute(), *directory.absolute().parents]
+        parent = next(parent for parent in parents if parent.exists())
+    except (OSError, ValueError) as error:  # a name that the file system does not take
+        raise StorageError(f"{directory} cannot be created: {error}") from error
     if not os.access(parent, os.W_OK):
         raise StorageError(f"{directory} cannot be created: {parent} is not writable.")
 
@@ -310,6 +359,8 @@ def file_digest(path: Path) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise StorageError(f"{path} is larger than any that is written.")
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{path} does not exist; give a directory that 'lora-da init' wrote.") from error

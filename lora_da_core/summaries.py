@@ -88,7 +88,7 @@ def summary(report: RunReport) -> dict[str, str]:
         "seconds": ", ".join(f"{phase} {number(value, digits=3)}" for phase, value in report.seconds.items())
         + f"; {number(sum(report.seconds.values()), digits=3)} in all",
     }
-    if report.allocation:
+    if report.allocation and layers:
         ranks, shared = sorted(layer.rank for layer in layers), report.allocation
         rows["ranks"] = (
             f"{ranks[0]} to {ranks[-1]}, {shared['spent']:,} of {shared['budget']:,} {shared['unit']}s; gain "

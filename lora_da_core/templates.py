@@ -96,7 +96,10 @@ class Chat:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             before = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise what they like on roles they do not know
-            raise DataError(f"row {index}: the chat template refuses the messages: {reason(error)}") from error
+            said = reason(error)
+            if any(str(message["content"]).strip() in said for message in messages):
+                said = f"{type(error).__name__}, which quotes them."  # errors hold no training text
+            raise DataError(f"row {index}: the chat template refuses the messages: {said}") from None
         # A template may open the answer differently when it is already there (reasoning marks, for one).
         start = len(before) if text.startswith(before) else text.rfind(answer.strip())
         if start < 0:
@@ -107,9 +110,11 @@ class Chat:
 def _check_messages(messages: Sequence[Any], index: int) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise DataError(f"row {index}: a message must hold 'role' and 'content', but one is {message!r:.80}.")
+            found = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+            raise DataError(f"row {index}: a message must hold 'role' and 'content', but one is or holds {found}.")
         if not isinstance(message["content"], str):
-            raise DataError(f"row {index}: the content of a message must be text, not {message['content']!r:.80}.")
+            kind = type(message["content"]).__name__
+            raise DataError(f"row {index}: the content of a message must be text, not of type {kind}.")
     role = messages[-1]["role"]
     if role != "assistant":
         raise DataError(

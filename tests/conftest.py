@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 # Small tensors gain nothing from threads, and equal bytes need equal thread counts.
 torch.set_num_threads(1)
+
+# Of the tests in `fuzzing`: thousands of fresh examples; asked for with --hypothesis-profile=nightly.
+settings.register_profile("nightly", deadline=None)
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 

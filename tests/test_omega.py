@@ -22,7 +22,11 @@ from lora_da_core.omega import (
     balanced_factors,
     evenly_divided_factors,
     fixed_factors,
+    forms_step,
+    of_norm,
     omega,
+    paired,
+    stable_factors,
     subspace,
     unit_step,
 )
@@ -228,3 +232,62 @@ def test_operators_agree_with_their_dense_matrices(size: int, seed: int, factor:
         assert inverse is not None
         shifted = Scaled(diagonal, scaled).to_dense() + shift * torch.eye(size, dtype=torch.float64)
         torch.testing.assert_close(shifted @ inverse(block), block)
+
+
+def matrix_and_solution(rank: int) -> tuple[Tensor, Subspace]:
+    """A Δᵀ (out, in) of known singular directions, and the solution that J = λI gives for it."""
+    delta = torch.randn(7, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    _, _, right = scipy.linalg.svd(delta.numpy())
+    basis = tensor(right[:rank].T)
+    # Any basis of the subspace will do: the directions are found again.
+    turn, _ = torch.linalg.qr(torch.randn(rank, rank, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    return delta, Subspace(basis @ turn, delta @ basis @ turn, scaling=2.0)
+
+
+@pytest.mark.parametrize(("pairing", "of_a", "of_b"), [("right_first", 0, 2), ("left_first", 2, 0)])
+def test_pairing_takes_two_blocks_of_singular_directions(pairing: str, of_a: int, of_b: int) -> None:
+    delta, solution = matrix_and_solution(rank=4)
+    left, _, right = scipy.linalg.svd(delta.numpy())
+    found = paired(solution, pairing)  # type: ignore[arg-type]
+    assert found.basis.shape == (6, 2) and found.projected.shape == (7, 2) and found.scaling == 2.0
+    wanted = tensor(right[of_a : of_a + 2].T), tensor(left[:, of_b : of_b + 2])
+    for columns, expected in zip((found.basis, found.projected), wanted, strict=True):
+        overlap = columns.mT @ expected
+        torch.testing.assert_close(overlap.abs(), torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+def test_pairing_leaves_out_directions_that_are_not_there() -> None:
+    delta, solution = matrix_and_solution(rank=4)
+    one = torch.outer(delta[:, 0], solution.basis[:, 0])
+    found = paired(Subspace(solution.basis, one @ solution.basis, 1.0), "right_first")
+    assert bool((found.projected == 0).all()) and found.basis.shape == (6, 2)
+    first = paired(Subspace(solution.basis, one @ solution.basis, 1.0), "left_first").projected
+    torch.testing.assert_close(first.norm(dim=0), torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+def test_a_step_of_a_norm_keeps_its_direction_and_zero_stays_zero() -> None:
+    step = WeightStep(torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double(), torch.eye(4, 2).double())
+    found = of_norm(step, 0.25)
+    torch.testing.assert_close(found.left.norm(), torch.tensor(0.25, dtype=torch.float64))
+    torch.testing.assert_close(found.left / 0.25, step.left / step.left.norm())
+    assert torch.equal(found.right, step.right)
+    small = of_norm(WeightStep(1e-8 * step.left, step.right), 0.25)
+    torch.testing.assert_close(small.left, found.left)
+    zero = WeightStep(torch.zeros_like(step.left), step.right)
+    assert torch.equal(of_norm(zero, 0.25).left, zero.left)
+
+
+def test_stable_factors_are_those_of_lora_ga() -> None:
+    _, solution = matrix_and_solution(rank=2)
+    pair = stable_factors(solution, 16.0, torch.float32)
+    factor = 7**0.25 / 4
+    assert pair.A.dtype == pair.B.dtype == torch.float32
+    torch.testing.assert_close(pair.A.double(), factor * solution.basis.mT, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pair.B.double(), factor * solution.projected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("device", "side"), [("cpu", 2**11), ("cuda", 2**13)])
+def test_a_step_is_stored_up_to_its_devices_number_of_elements(device: str, side: int) -> None:
+    place = torch.device(device)
+    assert forms_step(side, side, place) and forms_step(side // 2, 2 * side, place)
+    assert not forms_step(side, side + 1, place) and not forms_step(2 * side, side // 2 + 1, place)

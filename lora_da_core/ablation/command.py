@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_da_core.errors import OptionError
+
 if TYPE_CHECKING:
     from lora_da_core.ablation.results import Record
 
@@ -32,6 +34,10 @@ class AblateOptions:
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="the grid's")] = None
     data: Annotated[str | None, typer.Option(help="The data set.", show_default="the grid's")] = None
     device: Annotated[str | None, typer.Option(help="Where to run.", show_default="the grid's")] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with the model; a grid alone cannot ask for it."),
+    ] = False
 
 
 def ablate(options: AblateOptions) -> None:
@@ -42,7 +48,12 @@ def ablate(options: AblateOptions) -> None:
     from lora_da_core.ablation.runner import plan, run_grid
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data", "device")}
+    given["trust_remote_code"] = options.trust_remote_code or None
     grid = read_grid(options.grid, **{name: value for name, value in given.items() if value is not None})
+    if grid.run.trust_remote_code and not options.trust_remote_code:
+        raise OptionError(
+            f"{options.grid} asks for trust_remote_code; give --trust-remote-code if you trust the model."
+        )
     how: dict[str, Any] = {name: getattr(options, name) for name in ("executor", "jobs", "retry_failed")}
     if options.dry_run:
         found = plan(grid, options.output, **how)

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import tomllib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from lora_da_core.config import NO_ALLOCATOR, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
 from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
+from lora_da_core.sources import read_settings_file
 
 Choice = tuple[str, dict[str, Any]]
 """A component's name and all its options, the default ones included."""
@@ -45,7 +46,10 @@ _ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
     "frozen": (None, "none"),
 }
 """Values of settings that came later and are no part of an identity: cells keep the names they had before."""
-_WITHOUT_GAMMA: Final = {"auto", "unit"}
+MOST_CELLS: Final = 100_000
+"""Cells of the largest grid."""
+
+_WITHOUT_GAMMA: Final = ("auto", "unit")
 _OBJECTIVE: Final = "causal_lm"
 _ID_LENGTH: Final = 16
 
@@ -164,11 +168,13 @@ def read_grid(path: Path | str, *, registry: Registry | None = None, **changes: 
         OptionError: The file cannot be read, or holds an unknown name or a value out of range.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_settings_file(Path(path))
     except OSError as error:
         raise OptionError(f"grid {path} cannot be read: {error.strerror or error}.") from error
     except ValueError as error:
         raise OptionError(f"grid {path} is not valid TOML: {error}") from error
+    if not isinstance(content, dict):
+        raise OptionError(f"grid {path} holds no tables.")
     content["run"] = {**content.get("run", {}), **changes} if isinstance(content.get("run", {}), dict) else None
     return make_grid(content, registry=registry, where=str(path))
 
@@ -254,8 +260,11 @@ class _Expansion:
 
     def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
         axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
-        if "gamma" in axes and not set(axes.setdefault("scale", ["fixed"])) - _WITHOUT_GAMMA:
+        if "gamma" in axes and all(rule in _WITHOUT_GAMMA for rule in axes.setdefault("scale", ["fixed"])):
             raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
+        cells = math.prod(map(len, axes.values())) * len(self.run.seeds) * len(ranks)
+        if cells > MOST_CELLS:
+            raise OptionError(f"{self.where}: these lists make {cells} cells, more than {MOST_CELLS}; divide the grid.")
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
             for seed, rank in itertools.product(self.run.seeds, ranks):
@@ -290,7 +299,7 @@ class _Expansion:
             options = dict(value)
             name = options.pop("name", None)
         else:
-            name, options = (value, {}) if isinstance(value, str) else (value[0], dict(value[1]))
+            name, options = value if isinstance(value, tuple) else (value, {})
         if not isinstance(name, str):
             raise OptionError(f'{kind} {value!r} has no name; write {{name = "…", option = …}}.')
         if name == AUTOMATIC.get(kind):

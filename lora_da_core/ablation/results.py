@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_da_core.errors import StorageError
+from lora_da_core.sources import local_path
 from lora_da_core.storage import file_digest
 
 Record = dict[str, Any]
@@ -198,7 +199,7 @@ def data_fingerprint(source: str, rows: Any) -> str:
     Returns:
         A text that changes with the content.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.exists():
         return str(getattr(rows, "_fingerprint", ""))
     if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,9 +119,8 @@ class RunSettings:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; write true or false.")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            for part in (value,) if isinstance(value, str) or value is None else value:
-                if part is not None:
-                    text(name, part)
+            for part in value if isinstance(value, tuple) else () if value is None else (value,):
+                text(name, part)
         if number("lora_alpha", self.lora_alpha) == 0:
             raise OptionError("lora_alpha is 0; it must be above 0.")
 
@@ -148,6 +148,6 @@ def whole(name: str, value: Any, least: int) -> int:
 
 def number(name: str, value: Any) -> float:
     """The value, or an OptionError that names it where it is no finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise OptionError(f"{name} is {value!r}; it must be a number of at least 0.")
     return float(value)
