@@ -16,7 +16,15 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
 from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
-from lora_da_core.adapter_factors import PREFIX, as_stored, factor_parameters, fault, lora_layers, saved_keys
+from lora_da_core.adapter_factors import (
+    PREFIX,
+    as_stored,
+    factor_parameters,
+    fault,
+    holders,
+    lora_layers,
+    saved_keys,
+)
 from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
     Targets,
@@ -284,6 +292,7 @@ def _materialise(layer: LoraLayer, adapter_name: str, init: bool | str) -> None:
     if fault(layer, adapter_name):
         # `False` keeps what torch drew when the layer was made, which on meta is nothing.
         layer.reset_lora_parameters(adapter_name, init or True)
+        _update_magnitude(layer, adapter_name)
 
 
 def _start_tokens(module: TrainableTokensLayer, adapter_name: str) -> None:
@@ -296,18 +305,23 @@ def _start_tokens(module: TrainableTokensLayer, adapter_name: str) -> None:
 
 def _complete(layer: LoraLayer, adapter_name: str) -> None:
     """What else the function W + scaling·B·A needs, once A and B are written."""
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    if b.bias is not None:
-        b.bias.data.zero_()
-    if adapter_name in layer.lora_magnitude_vector:
-        dora = layer.lora_magnitude_vector[adapter_name]
-        magnitude = dora.weight
+    if adapter_name in layer.lora_B and layer.lora_B[adapter_name].bias is not None:
+        layer.lora_B[adapter_name].bias.data.zero_()
+    _update_magnitude(layer, adapter_name)
+
+
+def _update_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Gives DoRA, where it is used, the magnitudes of W + scaling·B·A."""
+    if adapter_name not in layer.lora_magnitude_vector:
+        return
+    dora, (a, b) = layer.lora_magnitude_vector[adapter_name], holders(layer, adapter_name).values()
+    magnitude = dora.weight
+    with torch.no_grad():
         scaling = layer.scaling[adapter_name]
-        with torch.no_grad():
-            dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a.weight, lora_B=b.weight, scaling=scaling)
-            magnitude.copy_(dora.weight)
-        # PEFT makes a new parameter, which an optimiser would not know.
-        dora.weight = magnitude
+        dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=scaling)
+        magnitude.copy_(dora.weight)
+    # PEFT makes a new parameter, which an optimiser would not know.
+    dora.weight = magnitude
 
 
 def _check_real(model: PeftModel, adapter_name: str) -> None:

@@ -264,6 +264,7 @@ class _Layers:
         parts, config = self.pipeline.components, self.pipeline.config
         targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
         self.specs = targets.specs
+        parts.check_layers(self.specs)
         if parts.allocator is not None:
             # Layers are solved at the largest rank that they may get.
             tokens = {spec.name: self.workload.total for spec in targets.specs}

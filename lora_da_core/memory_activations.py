@@ -135,7 +135,8 @@ class _Taps:
         return tap
 
     def _sink(self, use: Use, inputs: Tensor, output_grads: Tensor | None) -> None:
-        tokens = [block.flatten(0, -2) for block in (inputs, output_grads) if block is not None]
+        blocks = [block for block in (inputs, output_grads) if block is not None]
+        tokens = [block.flatten(0, -2) if block.is_floating_point() else block.flatten() for block in blocks]
         # The token mask leaves some out, so those that count are copied.
         counted = [block[torch.arange(len(block))] for block in tokens]
         scratch = torch.empty(self._updates[use.layer], dtype=torch.uint8)
