@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -41,10 +42,10 @@ def digest(tensor: Tensor) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
     whole = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
+    for name, parameter, scales in sorted(_base_parameters(model), key=lambda found: found[0]):
         whole.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:
-            for part in _parts(parameter) or [parameter]:
+            for part in [*(_parts(parameter) or [parameter]), *scales]:
                 flat = part.detach().reshape(-1)
                 whole.update(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]).encode())
     return whole.hexdigest()
@@ -59,19 +60,41 @@ def _parts(tensor: Tensor) -> list[Tensor] | None:
     return [part for found in inner for part in (_parts(found) or [found])]
 
 
+def _scales(module: nn.Module, parameter: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes keeps beside a parameter's codes: of 8 bits the rows' scales, of 4 bits all of the state."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is not None:
+        found = state.as_dict(packed=False)
+        values = [found[name] for name in sorted(found)]
+        return [torch.as_tensor(value) for value in values if isinstance(value, (Tensor, float))]
+    # The first forward pass moves the scales from the parameter to the module.
+    rows = getattr(parameter, "SCB", None)
+    if rows is None and parameter is getattr(module, "weight", None):
+        rows = getattr(getattr(module, "state", None), "SCB", None)
+    return [] if rows is None else [rows]
+
+
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every base parameter, by its name in the unwrapped model."""
-    return {name: digest(parameter) for name, parameter in _base_parameters(model)}
+    """SHA-256 of every base parameter, of a packed one its scales included, by its name in the unwrapped model."""
+    found = {}
+    for name, parameter, scales in _base_parameters(model):
+        parts = [digest(part) for part in (parameter, *scales)]
+        found[name] = parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+    return found
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[Tensor]]]:
+    """Name, parameter, and what else its values depend on."""
+    base = base_of(model)
+    for full_name, parameter in base.named_parameters(remove_duplicate=False):
         # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
-        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+        if not any(part in full_name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+            scales = _scales(base.get_submodule(full_name.rpartition(".")[0]), parameter)
+            name = full_name
             for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
                 while wrapper in name:  # what wraps several parameters of one module is nested
                     name = name.replace(wrapper, ".")
-            yield name, parameter
+            yield name, parameter, scales
 
 
 def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:
