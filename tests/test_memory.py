@@ -451,10 +451,11 @@ def test_a_plugin_that_raises_is_named(monkeypatch):
 
 
 def test_layers_left_at_their_own_initialisation_are_named():
-    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    config, model = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]), llama()
+    model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(TargetError, match="embed_tokens"):
-        estimate_memory(llama(), config, pipeline=pipeline(), workload=WORKLOAD)
-    plan = estimate_memory(llama(), config, pipeline=pipeline(unsupported="default"), workload=WORKLOAD)
+        estimate_memory(model, config, pipeline=pipeline(), workload=WORKLOAD)
+    plan = estimate_memory(model, config, pipeline=pipeline(unsupported="default"), workload=WORKLOAD)
     assert plan.layers == 2 and "embed_tokens" in plan.notes[0]
 
 
