@@ -20,7 +20,7 @@ from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
-from lora_da_core.modes import first_non_finite_module, prepared
+from lora_da_core.modes import first_non_finite_module, prepared, recomputing
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
@@ -104,7 +104,8 @@ def collect(
     """
     run = _Run(task, generator)
     done, total = 0, task.estimator.passes * len(batches)
-    with prepared(task.model), task.base_only(), run.taps():
+    checkpointing = recomputing(task.model) if task.needs_backward else contextlib.nullcontext()
+    with prepared(task.model), task.base_only(), checkpointing, run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
         elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
