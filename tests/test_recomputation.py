@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter
+from lora_da_core.allocations import Allocations
 from lora_da_core.running_sums import Statistics
 from test_embeddings import losses_of
 from test_layer_kinds import experts_config, gradients, mixture, statistics_of
@@ -61,6 +62,20 @@ def test_blocks_are_run_again_and_counted_once(family: str, reentrant: bool, mod
         assert torch.equal(found[name], value), name
     assert {name: module.training for name, module in model.named_modules()} == before
     assert [block._gradient_checkpointing_func for block in blocks] == functions
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_checkpointing_saves_memory() -> None:
+    ids = torch.randint(61, (4, 128), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    peaks = []
+    for reentrant in (None, True, False):
+        model = make_tiny_llama(num_hidden_layers=8, hidden_size=64, intermediate_size=256)
+        model = model if reentrant is None else checkpointed(model, reentrant)
+        with Allocations(list(model.parameters())) as allocations:
+            statistics_of(model, LoraConfig(r=2, target_modules=["q_proj"]), [batch])
+        peaks.append(allocations.peak)
+    assert max(peaks[1:]) < peaks[0] / 2, peaks
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
