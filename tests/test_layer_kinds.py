@@ -19,7 +19,7 @@ import lora_da_core
 from lora_da_core import LoraDAConfig, OptionError, TargetError, adapter, capture
 from lora_da_core.capture import CaptureTask
 from lora_da_core.running_sums import Statistics
-from tiny_models import PAD, VOCABULARY, continued, made
+from tiny_models import PAD, VOCABULARY, causal, continued, made
 
 Batches = list[dict[str, Tensor]]
 
@@ -405,10 +405,12 @@ def test_an_offset_refuses_fused_experts_before_any_work(offset: Any) -> None:
         lora_da_core.get_lora_da_model(mixture("Mixtral"), experts_config(), untouched(), pipeline=pipeline)
 
 
-@pytest.mark.parametrize("kind", ["convolution", "experts"])
+@pytest.mark.parametrize("kind", ["convolution", "experts", "embedding"])
 def test_a_penalty_refuses_what_is_not_linear_before_any_work(kind: str) -> None:
     if kind == "convolution":
         model, lora, named = image_model(kernel_size=3), LoraConfig(r=2, target_modules=["head", "conv"]), "conv"
+    elif kind == "embedding":
+        model, lora, named = causal("Llama"), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]), "embed_tokens"
     else:
         model, lora, named = mixture("Mixtral"), experts_config(), r"experts\.down_proj\.0"
     with pytest.raises(OptionError, match=rf"a penalty covers linear layers; \S*{named} is none"):
