@@ -35,6 +35,7 @@ OTHERS = (
     "TinyLoRA",
     "GLoRA",
     "Groups",
+    "MHA",
 )
 """What is not ours to start: variants, tuners, attention modules; grouped convolutions need ranks of their own."""
 CHOSEN = f"TestPeftCustomModel and LoRA and ({' or '.join(SUBJECTS)}) and not {' and not '.join(OTHERS)}"
