@@ -26,6 +26,7 @@ from lora_da_core.adapter_factors import (
     materialise,
     own_parameters,
     saved_keys,
+    update_magnitude,
 )
 from lora_da_core.adapter_start import check_start, settle
 from lora_da_core.adapter_targets import (
@@ -40,7 +41,7 @@ from lora_da_core.adapter_targets import (
 )
 from lora_da_core.adapter_variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
-from lora_da_core.placement import weights_present, whole
+from lora_da_core.placement import whole
 from lora_da_core.types import Frozen, LoraFactors, Offset
 
 __all__ = [
@@ -277,18 +278,9 @@ def _start_tokens(module: TrainableTokensLayer, adapter_name: str) -> None:
 
 def _complete(layer: LoraLayer, adapter_name: str) -> None:
     """What else the function W + scaling·B·A needs, once A and B are written."""
-    a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    if b.bias is not None:
-        b.bias.data.zero_()
-    if adapter_name in layer.lora_magnitude_vector:
-        dora = layer.lora_magnitude_vector[adapter_name]
-        magnitude = dora.weight
-        scaling = layer.scaling[adapter_name]
-        with torch.no_grad(), weights_present(layer.get_base_layer()):
-            dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a.weight, lora_B=b.weight, scaling=scaling)
-            magnitude.copy_(dora.weight)
-        # PEFT makes a new parameter, which an optimiser would not know.
-        dora.weight = magnitude
+    if adapter_name in layer.lora_B and layer.lora_B[adapter_name].bias is not None:
+        layer.lora_B[adapter_name].bias.data.zero_()
+    update_magnitude(layer, adapter_name)
 
 
 def _check_real(model: PeftModel, adapter_name: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
@@ -42,17 +43,17 @@ def digest(tensor: Tensor) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
     total = hashlib.sha256()
-    for _, entry in sorted((name, _fingerprint(name, values)) for name, values in _base_parameters(model)):
+    for _, entry in sorted((name, _fingerprint(name, *values)) for name, *values in _base_parameters(model)):
         total.update(entry.encode())
     return total.hexdigest()
 
 
-def _fingerprint(name: str, parameter: Tensor) -> str:
-    """What one parameter adds to a fingerprint."""
+def _fingerprint(name: str, parameter: Tensor, scales: Sequence[Tensor]) -> str:
+    """What one parameter, and what else its values depend on, adds to a fingerprint."""
     entry = f"{name} {tuple(parameter.shape)} {parameter.dtype}"
     if parameter.is_meta:
         return entry
-    flats = [part.detach().reshape(-1) for part in _parts(parameter) or [parameter]]
+    flats = [part.detach().reshape(-1) for part in [*(_parts(parameter) or [parameter]), *scales]]
     return entry + "".join(digest(flat[:: max(1, len(flat) // FINGERPRINT_ELEMENTS)]) for flat in flats)
 
 
@@ -65,20 +66,44 @@ def _parts(tensor: Tensor) -> list[Tensor] | None:
     return [part for found in inner for part in (_parts(found) or [found])]
 
 
+def _scales(module: nn.Module, parameter: nn.Parameter) -> list[Tensor]:
+    """What bitsandbytes keeps beside a parameter's codes: of 8 bits the rows' scales, of 4 bits all of the state."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is not None:
+        found = state.as_dict(packed=False)
+        values = [found[name] for name in sorted(found)]
+        return [torch.as_tensor(value) for value in values if isinstance(value, (Tensor, float))]
+    # The first forward pass moves the scales from the parameter to the module.
+    rows = getattr(parameter, "SCB", None)
+    if rows is None and parameter is getattr(module, "weight", None):
+        rows = getattr(getattr(module, "state", None), "SCB", None)
+    return [] if rows is None else [rows]
+
+
 def base_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every base parameter, by its name in the unwrapped model."""
-    return {name: digest(parameter) for name, parameter in _base_parameters(model)}
+    """SHA-256 of every base parameter, of a packed one its scales included, by its name in the unwrapped model."""
+    found = {}
+    for name, parameter, scales in _base_parameters(model):
+        parts = [digest(part) for part in (parameter, *scales)]
+        found[name] = parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+    return found
 
 
-def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every base parameter by its name in the unwrapped model; its values may be there only until the next is asked."""
-    for name, parameter in present_parameters(base_of(model)):
+def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Every base parameter's name in the unwrapped model, the parameter, and what else its values depend on.
+
+    The values of an offloaded one are there until the next is asked for.
+    """
+    base = base_of(model)
+    for full_name, parameter in present_parameters(base):
         # PEFT keeps the base's own module beside the trainable copy of it that `modules_to_save` asks for.
-        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+        if not any(part in full_name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
+            scales = _scales(base.get_submodule(full_name.rpartition(".")[0]), parameter)
+            name = full_name
             for wrapper in (".token_adapter.", ".base_layer.", ".original_module."):
                 while wrapper in name:  # what wraps several parameters of one module is nested
                     name = name.replace(wrapper, ".")
-            yield name, whole(parameter)
+            yield name, whole(parameter), scales
 
 
 def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[str, Tensor]) -> list[Check]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_da_core.errors import TargetError
 from lora_da_core.layer_kinds import CLASSES, EXPERTS, KINDS, LayerKind, kind_of_module
-from lora_da_core.placement import execution_device
+from lora_da_core.placement import execution_device, weights_present
 from lora_da_core.types import LayerSpec, LoraFactors, StoredFactors
 
 PREFIX = "base_model.model."
@@ -40,7 +40,7 @@ def fault(layer: LoraLayer, adapter_name: str) -> str:
         The reason, to stand after the layer's name; empty where it can.
     """
     module, kind = layer.get_base_layer(), _kind(layer)
-    if kind is None or not _holders(layer, adapter_name):
+    if kind is None or not holders(layer, adapter_name):
         return f"is a {type(module).__name__}; supported are {', '.join(CLASSES)}"
     reason = kind.fault(module)
     if reason:
@@ -57,6 +57,26 @@ def fault(layer: LoraLayer, adapter_name: str) -> str:
     return ""
 
 
+def holders(layer: LoraLayer, adapter_name: str) -> dict[str, nn.Parameter]:
+    """A and B of one of PEFT's layers.
+
+    Args:
+        layer: The layer.
+        adapter_name: The adapter.
+
+    Returns:
+        By what their names in a saved adapter end in; empty where the layer keeps none of these.
+    """
+    if adapter_name in layer.lora_embedding_A:
+        return {part: getattr(layer, part)[adapter_name] for part in ("lora_embedding_A", "lora_embedding_B")}
+    if adapter_name not in layer.lora_A:
+        return {}
+    return {
+        "lora_A.weight": layer.lora_A[adapter_name].weight,
+        "lora_B.weight": layer.lora_B[adapter_name].weight,
+    }
+
+
 def factor_parameters(base: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
     """A and B of every layer that can be initialised.
 
@@ -70,7 +90,7 @@ def factor_parameters(base: nn.Module, adapter_name: str) -> dict[str, nn.Parame
     found = {}
     for name, layer in lora_layers(base).items():
         if adapter_name in layer.scaling and not fault(layer, adapter_name):
-            for key, parameter in _holders(layer, adapter_name).items():
+            for key, parameter in holders(layer, adapter_name).items():
                 found[f"{PREFIX}{name}.{key}"] = parameter
     return found
 
@@ -88,7 +108,7 @@ def held_factors(base: nn.Module, adapter_name: str) -> dict[str, tuple[LayerSpe
     found = {}
     for name, layer in lora_layers(base).items():
         if adapter_name in layer.scaling and not fault(layer, adapter_name):
-            a, b = _holders(layer, adapter_name).values()
+            a, b = holders(layer, adapter_name).values()
             for spec in specs_of(name, layer, adapter_name):
                 found[spec.name] = (spec, taken_apart(spec, a, b))
     return found
@@ -112,14 +132,14 @@ def specs_of(name: str, layer: LoraLayer, adapter_name: str) -> list[LayerSpec]:
     scaling = float(layer.scaling[adapter_name])
     if not (math.isfinite(scaling) and scaling > 0):
         raise TargetError(f"PEFT scales layer {name} by {scaling}; give a lora_alpha (and alpha_pattern) above 0.")
-    kind, parts = _kind(layer), _holders(layer, adapter_name)
+    kind, parts = _kind(layer), holders(layer, adapter_name)
     assert kind is not None
     (key_a, a), (key_b, b) = parts.items()
     keys, shapes = (f"{name}.{key_a}", f"{name}.{key_b}"), (tuple(a.shape), tuple(b.shape))
     sizes = (in_features, out_features, rank, scaling)
     if not isinstance(layer, ParamWrapper):
         stored = StoredFactors(name, keys, shapes)
-        return [LayerSpec(name, kind.name, *sizes, stored=stored)]
+        return [LayerSpec(name, kind.name, *sizes, stored=stored, one_hot=kind.one_hot)]
     parameter = f"{base_name(name)}.{layer.parameter_name}"
     stored = StoredFactors(parameter, keys, shapes)
     return [
@@ -179,6 +199,25 @@ def materialise(layer: LoraLayer, adapter_name: str, init: bool | str) -> None:
     if fault(layer, adapter_name):
         # `False` keeps what torch drew when the layer was made, which on meta is nothing.
         layer.reset_lora_parameters(adapter_name, init or True)
+        update_magnitude(layer, adapter_name)
+
+
+def update_magnitude(layer: LoraLayer, adapter_name: str) -> None:
+    """Gives DoRA, where it is used, the magnitudes of W + scaling·B·A.
+
+    Args:
+        layer: PEFT's layer.
+        adapter_name: The adapter.
+    """
+    if adapter_name not in layer.lora_magnitude_vector:
+        return
+    dora, (a, b) = layer.lora_magnitude_vector[adapter_name], holders(layer, adapter_name).values()
+    magnitude, scaling = dora.weight, layer.scaling[adapter_name]
+    with torch.no_grad(), weights_present(layer.get_base_layer()):
+        dora.update_layer(base_layer=layer.get_base_layer(), lora_A=a, lora_B=b, scaling=scaling)
+        magnitude.copy_(dora.weight)
+    # PEFT makes a new parameter, which an optimiser would not know.
+    dora.weight = magnitude
 
 
 def as_stored(specs: Sequence[LayerSpec], factors: Mapping[str, LoraFactors], seed: int) -> dict[str, LoraFactors]:
@@ -268,17 +307,7 @@ def _expert_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, value in module.named_parameters(recurse=False) if value.ndim == 3)
 
 
-def _holders(layer: LoraLayer, adapter_name: str) -> dict[str, nn.Parameter]:
-    """A and B by what their names in a saved adapter end in; empty where the layer keeps none of these."""
-    if adapter_name not in layer.lora_A:
-        return {}
-    return {
-        "lora_A.weight": layer.lora_A[adapter_name].weight,
-        "lora_B.weight": layer.lora_B[adapter_name].weight,
-    }
-
-
 def _sizes(layer: LoraLayer, adapter_name: str) -> tuple[int, int, int]:
-    a, b = _holders(layer, adapter_name).values()
+    a, b = holders(layer, adapter_name).values()
     parts = layer.num_experts if isinstance(layer, ParamWrapper) else 1
     return len(a) // parts, a[0].numel(), len(b)

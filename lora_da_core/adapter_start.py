@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import lora_layers, materialise, saved_keys
+from lora_da_core.adapter_factors import holders, lora_layers, materialise, saved_keys
 from lora_da_core.errors import OptionError
 from lora_da_core.placement import is_shared_out, offload_hook
 from lora_da_core.types import Frozen, LoraFactors, Offset
@@ -84,7 +84,8 @@ def settle(
         _add_offset(model, factors, adapter_name)
     if frozen == "A":
         for layer in layers.values():
-            layer.lora_A[adapter_name].weight.requires_grad_(False)
+            a, _ = holders(layer, adapter_name).values()
+            a.requires_grad_(False)
 
 
 def _add_offset(model: PeftModel, factors: Mapping[str, LoraFactors], adapter_name: str) -> None:

@@ -24,19 +24,21 @@ def workload_of(batches: Sequence[Batch]) -> Workload:
     """What a plan has to know of data that are there.
 
     Args:
-        batches: Mappings with `labels`, (samples, …).
+        batches: Mappings with `labels`, (samples, …); of preferences (pairs, 2, tokens).
 
     Returns:
         The workload, padding counted as tokens.
     """
     labels: list[Tensor] = [batch["labels"] for batch in batches]
     # Whoever has one label per sample has no length that labels tell; a plan knows no shorter sample than 2 tokens.
-    lengths = [max(2, each[0].numel()) for each in labels if len(each)]
+    texts = max(each.shape[1] if each.ndim == 3 else 1 for each in labels)
+    lengths = [max(2, each[0].numel() // texts) for each in labels if len(each)]
     return Workload(
         samples=sum(map(len, labels)),
         max_length=max(lengths),
         tokens=sum(each.numel() for each in labels),
         batch_size=max(map(len, labels)),
+        texts=texts,
     )
 
 

@@ -25,7 +25,7 @@ from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, Gra
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.merging import Merger
-from lora_da_core.modes import first_non_finite_module, prepared
+from lora_da_core.modes import first_non_finite_module, prepared, recomputing
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.placement import execution_device, has_sharded_parts, model_device, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
@@ -122,7 +122,8 @@ def collect(
     run = _Run(task, generator)
     share = _share(task, batches)
     done, total = 0, task.estimator.passes * (len(share.batches) + len(share.idle))
-    with prepared(task.model), task.base_only(), run.taps():
+    checkpointing = recomputing(task.model) if task.needs_backward else contextlib.nullcontext()
+    with prepared(task.model), task.base_only(), checkpointing, run.taps():
         if not task.needs_backward:
             run.find_single_uses(batches)
         elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from lora_da_core.errors import OptionError
 from lora_da_core.functions import FunctionObjective
 from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, RankAllocator, Solver
 from lora_da_core.registry import Registry
+from lora_da_core.types import LayerSpec
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,26 @@ class Components:
                 f"estimator {self.estimator.name!r} asks for labels={self.estimator.labels!r}, which objective "
                 f"{self.objective.name!r} cannot draw; use labels='empirical'."
             )
+
+    def check_layers(self, specs: Sequence[LayerSpec]) -> None:
+        """Refuses layers that a component cannot take, before any work.
+
+        Args:
+            specs: The layers.
+
+        Raises:
+            OptionError: One has one-hot inputs, and a component takes rows alone.
+        """
+        embedding = next((spec.name for spec in specs if spec.one_hot), None)
+        takes_tokens: dict[str, FisherEstimator[Any] | GradientEstimator[Any]] = {"estimator": self.estimator}
+        if not self.gradient.forward_only:
+            takes_tokens["gradient"] = self.gradient
+        for kind, component in takes_tokens.items():
+            if embedding is not None and not component.takes_one_hot:
+                raise OptionError(
+                    f"{kind} {component.name!r} takes no one-hot inputs, which {embedding}, an embedding, has; choose "
+                    f"another {kind}, or leave the layer out with exclude_modules."
+                )
 
     def names(self) -> dict[str, str]:
         """Name by kind."""

@@ -60,7 +60,7 @@ class Accumulator(ABC):
         """Add tokens; all tokens and all uses of an example come in one call.
 
         Args:
-            inputs: (tokens, in), the layer's inputs x.
+            inputs: (tokens, in), the layer's inputs x; where `LayerSpec.one_hot` the places of their ones, (tokens,).
             output_grads: (tokens, out), gradients of the *per-sample* loss with respect to y; None for an
                 estimator that needs none.
             example: (tokens,), int64, which sample of this call a token belongs to.
@@ -126,6 +126,11 @@ class FisherEstimator(Component[OptionsT]):
     def additive(self) -> bool:
         """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
         return True
+
+    @property
+    def takes_one_hot(self) -> bool:
+        """Whether its accumulators take layers with `LayerSpec.one_hot`; others are refused such layers by name."""
+        return False
 
     @abstractmethod
     def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
@@ -207,6 +212,11 @@ class GradientEstimator(Component[OptionsT]):
     def additive(self) -> bool:
         """Whether shards merge by adding their tensors (otherwise by `Accumulator.merge`)."""
         return True
+
+    @property
+    def takes_one_hot(self) -> bool:
+        """Whether its accumulator takes layers with `LayerSpec.one_hot`; one that takes no tokens is not asked."""
+        return False
 
     def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         """The accumulator of one layer; it sees every token, whatever the token mask."""

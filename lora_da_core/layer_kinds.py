@@ -57,6 +57,9 @@ Visit = Callable[[Call], Tensor]
 class LayerKind(ABC):
     """How one kind of module computes y = Wx row by row, W (out, in)."""
 
+    one_hot = False
+    """Whether x has a single 1; its rows are then the places of these, (rows,), int64."""
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -78,7 +81,7 @@ class LayerKind(ABC):
             output_grads: Gradient of its output, or None.
 
         Returns:
-            x (rows, in) and g (rows, out) with Σ g xᵀ the gradient of W.
+            x (rows, in), of a one-hot kind (rows,), and g (rows, out) with Σ g xᵀ the gradient of W.
         """
 
     @abstractmethod
@@ -138,6 +141,44 @@ class Convolution(LayerKind):
         # Padded by hand, since "same" may pad one side more than the other.
         padded = functional.pad(inputs, module._reversed_padding_repeated_twice)
         return functional.unfold(padded, module.kernel_size, stride=module.stride).mT.flatten(0, 1)
+
+
+class Embedding(LayerKind):
+    """A table of vectors as y = Wx with x one-hot, W (dimension, vocabulary) the transpose of what is stored."""
+
+    one_hot = True
+
+    def fault(self, module: Any) -> str:
+        if type(module).forward is not nn.Embedding.forward and not hasattr(module, "embed_scale"):
+            return f"is a {type(module).__name__}, which does more than look its input up"
+        if module.max_norm is not None:
+            return "is an Embedding with max_norm, which changes the table while it is read"
+        if module.scale_grad_by_freq:
+            return "is an Embedding with scale_grad_by_freq, whose gradient depends on what else is in the batch"
+        return ""
+
+    def reading(self, module: Any) -> Hashable:
+        entries: int = module.num_embeddings
+        return entries
+
+    def rows(self, module: Any, inputs: Tensor, output_grads: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        places = inputs.flatten()
+        if output_grads is None:
+            return places, None
+        grads = output_grads.flatten(0, -2) * _embed_scale(module)
+        if module.padding_idx is not None:
+            # The padding's row has no gradient, neither in the table nor in PEFT's A.
+            grads = grads.masked_fill((places == module.padding_idx).unsqueeze(1), 0.0)
+        return places, grads
+
+    def changed(self, module: nn.Module, output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
+        rows = change.apply_to_rows(inputs.flatten()) * _embed_scale(module)
+        return output + rows.reshape(output.shape).to(output.dtype)
+
+
+def _embed_scale(module: nn.Module) -> float:
+    """What some of transformers' embeddings (Gemma 3) multiply their vectors by, as PEFT does its part too."""
+    return float(getattr(module, "embed_scale", 1.0))
 
 
 class Experts(LayerKind):
@@ -243,12 +284,13 @@ KINDS: Mapping[str, LayerKind] = {
         RowWise("linear"),
         RowWise("conv1d"),
         Convolution("conv2d"),
+        Embedding("embedding"),
         Experts(EXPERTS),
     )
 }
 """All kinds by name."""
 
-CLASSES: Mapping[str, str] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d"}
+CLASSES: Mapping[str, str] = {"Linear": "linear", "Conv1D": "conv1d", "Conv2d": "conv2d", "Embedding": "embedding"}
 """Kind by name of the module's class, or of one that it is derived from."""
 
 

@@ -77,39 +77,43 @@ class Workload:
         max_length: Tokens of the longest one: batches are padded to it.
         tokens: Tokens of all samples together; None takes the longest for each.
         batch_size: Samples in a batch; None fills batches up to 2048 tokens, as `lora-da init` does.
+        texts: Texts of a sample, each of at most `max_length` tokens: 2 where a chosen and a rejected one are compared.
     """
 
     samples: int = 64
     max_length: int = 1024
     tokens: int | None = None
     batch_size: int | None = None
+    texts: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("max_length", 2), ("tokens", 1), ("batch_size", 1)):
+        for name, least in (("samples", 1), ("max_length", 2), ("tokens", 1), ("batch_size", 1), ("texts", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is {value}; it must be at least {least}.")
-        most = self.samples * self.max_length
+        most = self.samples * self.texts * self.max_length
         if self.tokens is not None and self.tokens > most:
             raise OptionError(
-                f"tokens is {self.tokens}, but {self.samples} samples of at most {self.max_length} tokens have {most}."
+                f"tokens is {self.tokens}, but {self.samples} samples of at most {self.texts * self.max_length} tokens "
+                f"have {most}."
             )
 
     @property
     def total(self) -> int:
         """Tokens of all samples together."""
-        return self.samples * self.max_length if self.tokens is None else self.tokens
+        return self.samples * self.texts * self.max_length if self.tokens is None else self.tokens
 
     @property
     def batch(self) -> BatchShape:
         """The largest batch."""
-        size = max(1, TOKENS_PER_BATCH // self.max_length) if self.batch_size is None else self.batch_size
-        return BatchShape(min(size, self.samples), self.max_length)
+        most = max(1, TOKENS_PER_BATCH // (self.texts * self.max_length))
+        size = most if self.batch_size is None else self.batch_size
+        return BatchShape(min(size, self.samples), self.max_length, self.texts)
 
     @property
     def search(self) -> BatchShape:
         """The largest batch of the line search."""
-        return BatchShape(min(self.batch.samples, SEARCH_SAMPLES), self.max_length)
+        return replace(self.batch, samples=min(self.batch.samples, SEARCH_SAMPLES))
 
 
 @dataclass(frozen=True, repr=False)
@@ -280,6 +284,7 @@ class _Layers:
         parts, config = self.pipeline.components, self.pipeline.config
         targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
         self.specs = targets.specs
+        parts.check_layers(self.specs)
         if parts.allocator is not None:
             # Layers are solved at the largest rank that they may get.
             tokens = {spec.name: self.workload.total for spec in targets.specs}
@@ -322,7 +327,7 @@ class _Layers:
         solver = parts.solver or registry.create(
             "solver", registry.choose_solver(spec.in_features, spec.rank, self.device.type)
         )
-        tokens = Tokens(batch.samples * batch.tokens, workload.total, workload.samples)
+        tokens = Tokens(batch.rows * batch.tokens, workload.total, workload.samples)
         return LayerBytes(
             spec=spec,
             input=shared,

@@ -21,10 +21,16 @@ from lora_da_core.taps import Tap, TokenLedger, Use
 
 @dataclass(frozen=True)
 class BatchShape:
-    """A batch: how many samples, and how many tokens each is padded to."""
+    """A batch: how many samples, how many tokens each text is padded to, and how many texts a sample has."""
 
     samples: int
     tokens: int
+    texts: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Texts of all samples."""
+        return self.samples * self.texts
 
 
 @dataclass
@@ -94,7 +100,7 @@ def guess(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, ba
     token = [itemsize * (rows + columns) for rows, columns, itemsize in sizes]
     logits = 3 * 4 * max((rows for rows, _, _ in sizes), default=0)
     each = (sum(token) if backward else max(token, default=0)) + logits
-    peak = batch.samples * batch.tokens * each + max(updates.values(), default=0)
+    peak = batch.rows * batch.tokens * each + max(updates.values(), default=0)
     return Activations(peak, {name: name for name in updates})
 
 
@@ -135,7 +141,8 @@ class _Taps:
         return tap
 
     def _sink(self, use: Use, inputs: Tensor, output_grads: Tensor | None) -> None:
-        tokens = [block.flatten(0, -2) for block in (inputs, output_grads) if block is not None]
+        blocks = [block for block in (inputs, output_grads) if block is not None]
+        tokens = [block.flatten(0, -2) if block.is_floating_point() else block.flatten() for block in blocks]
         # The token mask leaves some out, so those that count are copied.
         counted = [block[torch.arange(len(block))] for block in tokens]
         scratch = torch.empty(self._updates[use.layer], dtype=torch.uint8)
@@ -169,7 +176,7 @@ def _scores(model: nn.Module, batch: BatchShape) -> Tensor:
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     if logits.ndim == 3:
         # A label is predicted by the token before it; picking them copies.
-        places = torch.zeros(batch.samples * (batch.tokens - 1), dtype=torch.int64)
+        places = torch.zeros(batch.rows * (batch.tokens - 1), dtype=torch.int64)
         logits = logits[:, :-1][places, places]
     return logits.to(accumulation_dtype(logits.dtype))
 
@@ -179,11 +186,11 @@ def _inputs(model: nn.Module, batch: BatchShape) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if getattr(model, "main_input_name", "") == "pixel_values":
         sides = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-        return {"pixel_values": torch.ones(batch.samples, config.num_channels, *sides)}
+        return {"pixel_values": torch.ones(batch.rows, config.num_channels, *sides)}
     names = ["input_ids", "attention_mask"]
     if getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    inputs: dict[str, Any] = {name: torch.ones(batch.samples, batch.tokens, dtype=torch.int64) for name in names}
+    inputs: dict[str, Any] = {name: torch.ones(batch.rows, batch.tokens, dtype=torch.int64) for name in names}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     return inputs

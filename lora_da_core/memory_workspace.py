@@ -112,7 +112,7 @@ class WorkspaceProbe:
         Raises:
             PluginError: A component raised on the small layer.
         """
-        key = (spec.in_features, spec.out_features, spec.rank, solver.name, tokens, dtype)
+        key = (spec.in_features, spec.out_features, spec.rank, spec.one_hot, solver.name, tokens, dtype)
         if key not in self._known:
             self._known[key] = self._continued(spec, tokens, solver, dtype)
         return self._known[key]
@@ -180,6 +180,8 @@ class _Trial:
         generator = torch.Generator().manual_seed(0)
         sides = (spec.in_features, spec.out_features)
         self.tokens = [torch.randn(data.tokens, side, generator=generator).to(dtype) for side in sides]
+        if spec.one_hot:
+            self.tokens[0] = torch.randint(spec.in_features, (data.tokens,), generator=generator)
         self.example = torch.arange(data.samples).repeat_interleave(data.length)
         self.direction = torch.randn(spec.out_features, spec.in_features, generator=generator)
         self.place: dict[str, Any] = {"device": torch.device("cpu"), "dtype": accumulation_dtype(dtype)}

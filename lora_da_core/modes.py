@@ -98,6 +98,53 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(arrays)
 
 
+@contextlib.contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Lets gradient checkpointing that is switched on act in evaluation mode, as transformers' layers do not.
+
+    Whether a layer checkpoints is decided in training mode only; what it computes, when it is run or run again, is
+    computed in evaluation mode. The reentrant kind gives gradients to inputs that require them alone, so embeddings
+    then do.
+    """
+    layers: list[Any] = [module for module in model.modules() if _checkpoints(module) and not module.training]
+    settings = [getattr(layer._gradient_checkpointing_func, "keywords", {}) for layer in layers]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_checkpointed(layer))
+        if any(setting.get("use_reentrant", False) for setting in settings):
+            embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+            handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+            stack.callback(handle.remove)
+        yield
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' checkpointing layers, switched on; others may drop out as they train."""
+    ours = any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(module).__mro__)
+    return ours and bool(module.gradient_checkpointing) and hasattr(module, "_gradient_checkpointing_func")
+
+
+@contextlib.contextmanager
+def _checkpointed(layer: Any) -> Iterator[None]:
+    checkpoint = layer._gradient_checkpointing_func
+
+    def in_evaluation(run: Callable[..., Any], *args: Any, **rest: Any) -> Any:
+        def evaluated(*inner: Any) -> Any:
+            layer.training = False
+            try:
+                return run(*inner)
+            finally:
+                layer.training = True
+
+        return checkpoint(evaluated, *args, **rest)
+
+    layer._gradient_checkpointing_func, layer.training = in_evaluation, True
+    try:
+        yield
+    finally:
+        layer._gradient_checkpointing_func, layer.training = checkpoint, False
+
+
 def first_non_finite_module(model: nn.Module, run: Callable[[], Any]) -> str | None:
     """The first module, in the order of the forward pass, whose output tensor is not finite."""
     found: list[str] = []

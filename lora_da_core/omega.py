@@ -229,6 +229,23 @@ def activation_scale(inputs: float, coordinates: float, in_features: int, rank: 
     return DEFAULT_A_SCALE * min(max(math.sqrt(ratio), 1 / A_SCALE_RANGE), A_SCALE_RANGE)
 
 
+def embedding_scale(step: WeightStep, scaling: float) -> float:
+    """The factor on an orthonormal basis of one-hot inputs that makes B as large as an embedding's default (derived).
+
+    There PEFT starts with A zero and B standard normal, so A is what is trained: a step of A by Adam moves a token's
+    vector in proportion to B, and ‖B‖_F² = out·r keeps LoRA's own learning rate.
+
+    Args:
+        step: The step in weights.
+        scaling: PEFT's factor on B·A.
+
+    Returns:
+        The factor; `DEFAULT_A_SCALE` for a zero step, whose B is zero and has to be the one that is trained.
+    """
+    size = float(step.left.norm())
+    return size / (scaling * math.sqrt(step.left.numel())) if size > 0 else DEFAULT_A_SCALE
+
+
 def balanced_factors(step: WeightStep, scaling: float, a_scale: float, dtype: torch.dtype) -> LoraFactors:
     """A = a_scale·rightᵀ, and B such that PEFT's scaling·B·A is the step.
 

@@ -31,13 +31,26 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     Args:
         total: (m, n), the running sum, float32 or float64.
         left: (rows, m).
-        right: (rows, n).
+        right: (rows, n), or the places of the ones of one-hot rows, (rows,), int64.
     """
+    if holds_places(right):
+        total.index_add_(1, right, left.to(total.dtype).mT)
+        return
     halves = (torch.bfloat16, torch.float16)
     if total.is_cuda and total.dtype == torch.float32 and left.dtype == right.dtype and left.dtype in halves:
         torch.addmm(total, left.mT, right, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(left.to(total.dtype).mT, right.to(total.dtype))
+
+
+def holds_places(rows: Tensor) -> bool:
+    """Whether rows are given as the places of their ones, (rows,) int64, instead of as a matrix."""
+    return rows.ndim == 1 and not rows.is_floating_point()
+
+
+def rows_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows·matrix, (k, n) by (n, m) to (k, m); one-hot rows may be given by the places of their ones, (k,)."""
+    return matrix[rows] if holds_places(rows) else rows @ matrix
 
 
 def row_major(block: Tensor) -> Tensor:
@@ -334,8 +347,11 @@ class LinearMap(ABC):
         """Mᵀ·block, (rows, k) to (columns, k)."""
 
     def apply_to_rows(self, rows: Tensor) -> Tensor:
-        """rows·Mᵀ, (k, columns) to (k, rows): the map as a layer applies it to tokens."""
-        return self.matmat(rows.mT).mT
+        """rows·Mᵀ, (k, columns) to (k, rows): the map as a layer applies it to tokens.
+
+        One-hot rows may be given by the places of their ones, (k,), int64.
+        """
+        return rows_product(rows, self.to_dense().mT) if holds_places(rows) else self.matmat(rows.mT).mT
 
     def to_dense(self) -> Tensor:
         """M itself, (rows, columns)."""
@@ -396,7 +412,7 @@ class LowRankMap(LinearMap):
         return self.right @ (self.left.mT @ block)
 
     def apply_to_rows(self, rows: Tensor) -> Tensor:
-        return (rows @ self.right) @ self.left.mT
+        return rows_product(rows, self.right) @ self.left.mT
 
     def to_dense(self) -> Tensor:
         return self.left @ self.right.mT

@@ -261,6 +261,7 @@ class Pipeline:
             )
         lora = adapter.chosen_config(model, peft_config, adapter_name)
         targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
+        self.components.check_layers(targets.specs)
         self._check_ranks(model, targets.specs)
         adapter.check_start(model, targets.modules, lora, self.config.offset)
         taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)

@@ -147,8 +147,10 @@ class LowRankProbe(LossProbe):
 
     def weights(self, layer: str) -> Tensor:
         module, kind = self._task.modules[layer], self._specs[layer].kind
-        if kind not in ("linear", "conv1d"):
-            raise ModelError(f"layer {layer} is of kind {kind!r}; only the weights of linear layers can be read.")
+        if kind not in ("linear", "conv1d", "embedding"):
+            raise ModelError(
+                f"layer {layer} is of kind {kind!r}; only the weights of linear layers and embeddings can be read."
+            )
         with weights_present(module):
             stored = getattr(module, "weight", None)
             if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:

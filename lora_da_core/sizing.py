@@ -15,6 +15,7 @@ from lora_da_core.omega import (
     WeightStep,
     activation_scale,
     balanced_factors,
+    embedding_scale,
     evenly_divided_factors,
 )
 from lora_da_core.operators import LinearMap, LowRankMap
@@ -105,12 +106,14 @@ class Sizing:
         return {n: balanced_factors(step, scaling[n], sizes[n], self._dtypes[n]) for n, step in steps.items()}
 
     def _activation_scales(self, steps: Steps) -> dict[str, float]:
+        tables = {name: step for name, step in steps.items() if self._specs[name].one_hot}
+        others = {name: step for name, step in steps.items() if name not in tables}
         with self._probe as probe:
-            energies = probe.energies({name: step.right.to(self._dtypes[name]) for name, step in steps.items()})
-        return {
-            name: activation_scale(*energies[name], self._specs[name].in_features, step.right.shape[1])
-            for name, step in steps.items()
-        }
+            energies = probe.energies({name: step.right.to(self._dtypes[name]) for name, step in others.items()})
+        found = {name: embedding_scale(step, self._specs[name].scaling) for name, step in tables.items()}
+        for name, step in others.items():
+            found[name] = activation_scale(*energies[name], self._specs[name].in_features, step.right.shape[1])
+        return found
 
     @staticmethod
     def _line(current: WeightStep | None, direction: WeightStep) -> Callable[[float], WeightStep]:

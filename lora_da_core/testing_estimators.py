@@ -51,6 +51,7 @@ from lora_da_core.testing_data import (
     require,
     same_bytes,
 )
+from lora_da_core.testing_one_hot import fisher_takes_places
 from lora_da_core.types import DampingKind
 
 DAMPINGS: tuple[tuple[float, DampingKind], ...] = ((0.01, "relative"), (0.02, "absolute"))
@@ -246,4 +247,5 @@ _CHECKS = (
     planned_bytes_cover_the_statistics,
     data_read_twice_change_nothing,
     sums_are_divided_by_the_right_count,
+    fisher_takes_places,
 )

@@ -28,6 +28,7 @@ from lora_da_core.testing_data import (
     same_bytes,
     undisturbed,
 )
+from lora_da_core.testing_one_hot import gradient_takes_places
 from lora_da_core.types import LayerSpec
 
 ROUGH = 2.0
@@ -282,6 +283,7 @@ _BACKWARD_CHECKS = (
     statistics_are_finite_and_keep_the_dtype,
     nothing_else_is_touched,
     global_state_is_left_alone,
+    gradient_takes_places,
 )
 _FORWARD_CHECKS = (
     declares_itself,

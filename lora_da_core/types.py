@@ -62,6 +62,8 @@ class LayerSpec:
         parameter: Name of the weight in its module.
         expert: Which expert of a stacked weight the layer is; None where the weight is its own.
         stored: How the adapter keeps its factors; None where as A (r, in) and B (out, r) of the module.
+        one_hot: Whether every x is 1 in one place and 0 elsewhere, as an embedding's; accumulators are then given the
+            places, (tokens,) int64, instead of (tokens, in).
     """
 
     name: str
@@ -73,6 +75,7 @@ class LayerSpec:
     parameter: str = "weight"
     expert: int | None = None
     stored: StoredFactors | None = None
+    one_hot: bool = False
 
 
 @dataclass(frozen=True)

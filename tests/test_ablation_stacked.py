@@ -135,6 +135,21 @@ def test_members_must_share_their_held_out_batches():
         )
 
 
+def test_other_layers_than_linear_ones_are_refused(world, tmp_path):
+    model = tiny_model()
+    targets = adapter.resolve_targets(model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]))
+    start, data = random_factors(targets.specs, 2, 0), training_data(0)
+    message = "layer model.embed_tokens is of kind 'embedding'; only linear layers are trained together"
+    with pytest.raises(OptionError, match=message):
+        finetune_together(model, targets.modules, targets.specs, [Member(start, data, 1e-2)], SETTINGS)
+    # In a grid before any cell is estimated.
+    tune = {"steps": 3, "learning_rates": [1e-2], "eval_steps": [0, 3], "batch_size": 4, "held_out": 12, "together": 4}
+    settings = {"model": str(world / "model"), "data": str(world / "data.jsonl"), "samples": 12, "device": "cpu"}
+    settings |= {"reference": "none", "target_modules": ["embed_tokens", "q_proj"], "finetune": tune}
+    with pytest.raises(OptionError, match=message):
+        list(run_grid({"run": settings, "grid": [{"rank": [2]}]}, tmp_path / "out"))
+
+
 def test_one_member_that_diverges_leaves_the_others_alone():
     model, data = tiny_model(), training_data(0)
     targets = adapter.resolve_targets(model, lora(4))

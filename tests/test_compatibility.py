@@ -150,6 +150,25 @@ WORKS = [
     ),
 ]
 
+EMBEDDINGS = {"target_modules": ["q_proj", "embed_tokens"]}
+WORKS += [
+    Works(
+        "embeddings",
+        EMBEDDINGS,
+        "with the estimators `kfac`, `diagonal` and `identity`; nothing of the squared vocabulary's size is made",
+        adapted=3,
+    ),
+    Works("embeddings with `use_dora`", {"use_dora": True, **EMBEDDINGS}, "as above", adapted=3),
+    Works(
+        "tied embeddings, `embed_tokens` adapted",
+        EMBEDDINGS,
+        "the input side alone starts and trains; PEFT's merging changes the output layer too, and warns",
+        tied_llama,
+        3,
+        merges=False,
+    ),
+]
+
 METHODS = {
     **dict.fromkeys(("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica"), "changes the base"),
     "eva": "is another method; put our functions in the place of EVA's",
@@ -196,14 +215,6 @@ REFUSALS = [
         "the tied layers would share their factors",
         TargetError,
         "ensure_weight_tying is not supported where model.embed_tokens",
-        of_layers=True,
-    ),
-    Refused(
-        "embeddings",
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        'not initialised yet; `unsupported="default"` leaves them at PEFT\'s own initialisation',
-        TargetError,
-        "model.embed_tokens is a Embedding; supported are Linear, Conv1D",
         of_layers=True,
     ),
     Refused(
@@ -543,11 +554,17 @@ def test_unsupported_layers_are_left_at_pefts_default_and_named(
     batches = data()
     config = lora(target_modules=["q_proj", "up_proj", "embed_tokens"], rank_pattern={r".*\.1\.mlp.up_proj": 40})
     pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(unsupported="default"))
+
+    def double_llama() -> nn.Module:
+        model = make_tiny_llama(torch.float64)
+        model.model.embed_tokens.scale_grad_by_freq = True
+        return model
+
     result = pipeline.run(double_llama(), batches, config)
     assert len(result.factors) == 3
     notes = [note for note in result.report.notes if note.startswith("left at PEFT's own initialisation")]
     assert len(notes) == 2
-    assert any("model.embed_tokens (is a Embedding; supported are Linear, Conv1D, Conv2d)" in note for note in notes)
+    assert any("model.embed_tokens (is an Embedding with scale_grad_by_freq" in note for note in notes)
     assert any("layers.1.mlp.up_proj" in note and "rank 40 is above" in note for note in notes)
     assert all(note in caplog.text for note in notes)
     fresh = {key: value.clone() for key, value in get_peft_model_state_dict(wrapped(double_llama(), config)).items()}
@@ -569,8 +586,21 @@ def test_unsupported_layers_are_left_at_pefts_default_and_named(
     embedding = hollow.get_submodule("base_model.model.model.embed_tokens")
     assert bool((embedding.lora_embedding_A["default"] == 0).all())
     assert 0.5 < float(embedding.lora_embedding_B["default"].std()) < 1.5
-    with pytest.raises(TargetError, match="embed_tokens is a Embedding"):
+    with pytest.raises(TargetError, match="embed_tokens is an Embedding with scale_grad_by_freq"):
         pipeline.run(double_llama(), unread(), lora(target_modules=["embed_tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_left_at_the_default_keeps_its_function_on_meta_with_dora() -> None:
+    config = lora(use_dora=True, rank_pattern={r".*\.1\.mlp.up_proj": 40})
+    pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(unsupported="default"))
+    made = [wrapped(double_llama(), config, low_cpu_mem_usage=hollow) for hollow in (False, True)]
+    for model in made:
+        lora_da_core.initialize_lora_da_weights(model, data(), pipeline=pipeline)
+    for name, parameter in made[0].named_parameters():
+        if "magnitude" in name:
+            assert torch.equal(parameter, made[1].get_parameter(name))
+    torch.testing.assert_close(logits_of(made[1]), logits_of(made[0]), rtol=1e-6, atol=1e-8)
 
 
 def test_unsupported_is_an_option_of_init() -> None:

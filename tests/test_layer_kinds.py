@@ -288,24 +288,6 @@ def test_statistics_do_not_depend_on_how_experts_are_implemented() -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_and_checkpointing_change_nothing(attention: str, checkpointing: bool) -> None:
-    config = LoraConfig(r=2, target_modules="all-linear")
-    expected = gradients(statistics_of(causal("Llama"), config, [continued()]))
-    model = causal("Llama")
-    model.set_attn_implementation(attention)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()
-    found = gradients(statistics_of(model, config, [continued()]))
-    assert model.training == checkpointing and model.is_gradient_checkpointing == checkpointing
-    # Transformers' eager attention takes its softmax in float32, whatever the model's dtype.
-    rtol, atol = (1e-3, 1e-6) if attention == "eager" else (1e-9, 1e-12)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol)
-
-
 def test_other_bare_parameters_are_refused() -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])
     with pytest.raises(TargetError, match="gate is a MixtralTopKRouter"):
@@ -423,11 +405,78 @@ def test_an_offset_refuses_fused_experts_before_any_work(offset: Any) -> None:
         lora_da_core.get_lora_da_model(mixture("Mixtral"), experts_config(), untouched(), pipeline=pipeline)
 
 
-@pytest.mark.parametrize("kind", ["convolution", "experts"])
+@pytest.mark.parametrize("kind", ["convolution", "experts", "embedding"])
 def test_a_penalty_refuses_what_is_not_linear_before_any_work(kind: str) -> None:
     if kind == "convolution":
         model, lora, named = image_model(kernel_size=3), LoraConfig(r=2, target_modules=["head", "conv"]), "conv"
+    elif kind == "embedding":
+        model, lora, named = causal("Llama"), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]), "embed_tokens"
     else:
         model, lora, named = mixture("Mixtral"), experts_config(), r"experts\.down_proj\.0"
     with pytest.raises(OptionError, match=rf"a penalty covers linear layers; \S*{named} is none"):
         lora_da_core.penalty_of(get_peft_model(model, lora), "laplace", untouched())
+
+
+# The whole of one layer against a dense Fisher
+
+
+DENSE = LoraDAConfig(
+    scale="fixed", gamma=4.0, beta=0.4, population=50, damping=0.05, damping_kind="absolute", token_mask="attention"
+)
+
+
+def dense_solution(x: Tensor, g: Tensor, samples: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A's row space as a projector (in, in), and B·A, with J written out: K-FAC's definition and nothing else."""
+    tokens, inputs, outputs = len(x), x.shape[1], g.shape[1]
+    z, y = (rows.T @ rows / tokens + DENSE.damping * torch.eye(rows.shape[1]).double() for rows in (x, g))
+    inverse = torch.linalg.inv(torch.kron(y, z))
+    step = -(inverse @ (g.T @ x / samples).flatten()).reshape(outputs, inputs).T
+    variance = torch.einsum("oioj->ij", inverse.reshape(outputs, inputs, outputs, inputs))
+    sigma = torch.linalg.matrix_norm(step, 2)
+    delta = step / sigma
+    omega = -delta @ delta.T + DENSE.beta * variance / (DENSE.population * sigma**2)
+    basis = torch.linalg.eigh(omega).eigenvectors[:, :rank]
+    return basis @ basis.T, (basis @ (basis.T @ delta)).T / DENSE.fixed_gamma
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4], ids=str)
+def test_a_convolutions_start_is_that_of_the_dense_fisher_of_its_patches(geometry: dict[str, Any]) -> None:
+    model, batches, rank = image_model(**geometry), image_batches(), 2
+    pipeline = lora_da_core.build_pipeline(
+        estimator=("kfac", {"output": "full"}), solver="eigh", objective=image_losses, config=DENSE
+    )
+    pair = pipeline.run(model, batches, LoraConfig(r=rank, target_modules=["conv"])).factors["conv"]
+    images, labels = (torch.cat([batch[key] for batch in batches]) for key in ("x", "labels"))
+    output = model.conv(images).detach().requires_grad_()
+    losses = functional.cross_entropy(model.head(model.act(output.clone()).mean((2, 3))), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(losses, output)
+    size = pair.A[0].numel()
+    copier = copy.deepcopy(model.conv)
+    copier.weight = nn.Parameter(torch.eye(size, dtype=torch.float64).reshape(size, *pair.A.shape[1:]))
+    copier.bias = None
+    x, g = (found.detach().permute(0, 2, 3, 1).flatten(0, 2) for found in (copier(images), gradient))
+    projector, product = dense_solution(x, g, len(images), rank)
+    a, b = pair.A.flatten(1), pair.B.flatten(1)
+    torch.testing.assert_close(a.T @ a * DENSE.fixed_gamma, projector, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(b @ a, product, rtol=1e-8, atol=1e-9)
+
+
+def test_an_embeddings_start_is_that_of_the_dense_fisher_of_one_hot_rows() -> None:
+    model, rank = made(Ragged), 2
+    ids = torch.randint(0, 8, (6, 4), generator=torch.Generator().manual_seed(0))  # three entries are never seen
+    batches = [{"ids": ids[:4], "labels": ids[:4]}, {"ids": ids[4:], "labels": ids[4:]}]
+    pipeline = lora_da_core.build_pipeline(
+        estimator=("kfac", {"output": "full"}), solver="lanczos", objective=ragged_losses, config=DENSE
+    )
+    pair = pipeline.run(model, batches, LoraConfig(r=rank, target_modules=["embed"])).factors["embed"]
+    found: list[Tensor] = []
+    handle = model.embed.register_forward_hook(
+        lambda m, args, out: found.append(out.detach().requires_grad_()) or found[-1]
+    )
+    losses = ragged_losses(model, {"ids": ids, "labels": ids}).sum()
+    handle.remove()
+    (g,) = torch.autograd.grad(losses, found[0])
+    x = functional.one_hot(ids.flatten(), 11).double()
+    projector, product = dense_solution(x, g.flatten(0, 1), len(ids), rank)
+    torch.testing.assert_close(pair.A.T @ pair.A * DENSE.fixed_gamma, projector, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(pair.B @ pair.A, product, rtol=1e-6, atol=1e-7)

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 import lora_da_core
 from conftest import make_tiny_llama
 from lora_da_core import models
+from lora_da_core.budget import workload_of
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
 from lora_da_core.memory import Workload, estimate_memory, parse_size, size_text
 from lora_da_core.memory_activations import BatchShape, trace
@@ -365,6 +366,22 @@ def test_batches_are_filled_as_init_fills_them():
     assert Workload(4, 128, batch_size=64).search == BatchShape(4, 128)
 
 
+def test_preference_pairs_are_planned_as_two_texts() -> None:
+    ids = torch.ones(3, 2, 9, dtype=torch.int64)
+    pairs = [{"input_ids": ids, "labels": ids}, {"input_ids": ids[:1], "labels": ids[:1]}]
+    found = workload_of(pairs)
+    assert found == Workload(4, 9, tokens=72, batch_size=3, texts=2)
+    assert found.batch == BatchShape(3, 9, 2) and found.batch.rows == 6 and found.total == 72
+    assert Workload(256, 512, texts=2).batch == BatchShape(2, 512, 2)
+    pipe = lora_da_core.build_pipeline(objective="dpo", config=lora_da_core.LoraDAConfig(scale="fixed"))
+    plans = [plan_of(pipe, workload=load).phases() for load in (found, Workload(8, 9, batch_size=6))]
+    # As many texts of one length take what they take as single samples, and less than half as many of twice the length.
+    assert plans[0]["statistics"] == plans[1]["statistics"]
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    result = pipe.run(llama(), [batch, batch], lora(), max_memory="1GiB")
+    assert result.report.samples == 6
+
+
 def test_the_model_stays_as_it_is(model_unchanged):
     model = llama()
     model_unchanged(model)
@@ -434,10 +451,11 @@ def test_a_plugin_that_raises_is_named(monkeypatch):
 
 
 def test_layers_left_at_their_own_initialisation_are_named():
-    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    config, model = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"]), llama()
+    model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(TargetError, match="embed_tokens"):
-        estimate_memory(llama(), config, pipeline=pipeline(), workload=WORKLOAD)
-    plan = estimate_memory(llama(), config, pipeline=pipeline(unsupported="default"), workload=WORKLOAD)
+        estimate_memory(model, config, pipeline=pipeline(), workload=WORKLOAD)
+    plan = estimate_memory(model, config, pipeline=pipeline(unsupported="default"), workload=WORKLOAD)
     assert plan.layers == 2 and "embed_tokens" in plan.notes[0]
 
 

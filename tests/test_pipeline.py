@@ -183,7 +183,12 @@ SHORT = [{"input_ids": torch.ones(1, 3, dtype=torch.long), "labels": torch.ones(
             lora_da_core.TargetError,
             r"rank 40 is above min\(in, out\)",
         ),
-        (None, LoraConfig(r=4, target_modules=["embed_tokens"]), lora_da_core.TargetError, "is a Embedding; supported"),
+        (
+            None,
+            LoraConfig(r=4, target_modules=["q_proj"], use_qalora=True),
+            lora_da_core.TargetError,
+            "QA-LoRA pools",
+        ),
         (None, LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1]), lora_da_core.TargetError, "aLoRA"),
         (None, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), lora_da_core.OptionError, "pissa"),
     ],

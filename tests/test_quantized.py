@@ -12,8 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import lora_da_core
@@ -24,13 +22,23 @@ from lora_da_core.adapter_checks import base_digests
 DEVICE = os.environ.get("LORA_DA_TEST_DEVICE", "cpu")
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 BATCHES = make_batches(make_samples(24), 6)
+
+
+def torchao(bits: int) -> Any:
+    """A torchao configuration; a machine may have bitsandbytes alone."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    if bits == 8:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return TorchAoConfig(quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)))
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "nf4": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
     ),
-    "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
-    "torchao int4": lambda: TorchAoConfig(IntxWeightOnlyConfig(torch.int4, PerGroup(32))),
+    "torchao int8": lambda: torchao(8),
+    "torchao int4": lambda: torchao(4),
 }
 # The 8-bit layers of bitsandbytes round their inputs to 8 bits and their outputs to 16 as well, so they do not
 # compute what de-quantized weights compute; the others do, up to the order of sums.
@@ -126,7 +134,13 @@ def test_the_fingerprint_knows_the_weights(kind: str, directory: Path, tmp_path:
     assert adapter.fingerprint(load(directory, kind)) == name
     changed = make_tiny_llama(hidden_size=64, intermediate_size=128)
     weight: Any = changed.get_submodule("model.layers.0.self_attn.q_proj").weight
-    # The codes of a doubled matrix are the same, only its scales tell: torchao's are seen, bitsandbytes' are not.
-    weight.data.copy_(2 * weight if kind.startswith("torchao") else weight.flip(0))
+    # The codes of a doubled matrix are the same, only its scales tell.
+    weight.data.copy_(2 * weight)
     changed.save_pretrained(tmp_path)  # type: ignore[operator]
-    assert adapter.fingerprint(load(tmp_path, kind)) != name
+    doubled, base = load(tmp_path, kind), load(directory, kind)
+    codes = "model.layers.0.self_attn.q_proj.weight"
+    if not kind.startswith("torchao"):
+        assert torch.equal(doubled.get_parameter(codes).data, base.get_parameter(codes).data)
+    assert adapter.fingerprint(doubled) != name
+    found, expected = base_digests(doubled), base_digests(base)
+    assert {key for key, value in found.items() if value != expected[key]} == {codes}

@@ -399,6 +399,31 @@ def test_an_estimator_with_wrong_sums_fails(mutant: type[FisherEstimator[Any]], 
     assert message in failures(estimator_checks(mutant))[check]
 
 
+class CountsOnce(Kfac):
+    """Every place of one-hot inputs is taken as seen once, however often it was."""
+
+    def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        taken = super().input_accumulator(spec, device=device, dtype=dtype)
+        if spec.one_hot:
+            taken.update = lambda inputs, *rest: taken.total.index_fill_(0, inputs, 1.0)  # type: ignore[attr-defined, method-assign]
+        return taken
+
+
+class ClaimsPlaces(FullKfac):
+    """Says that it takes places, and treats them as rows."""
+
+    takes_one_hot = True
+
+    def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        return self.kfac.input_accumulator(replace(spec, one_hot=False), device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(("mutant", "message"), [(CountsOnce, "apply of places"), (ClaimsPlaces, "Error")])
+def test_an_estimator_that_mistakes_places_fails(mutant: type[FisherEstimator[Any]], message: str) -> None:
+    found = failures(estimator_checks(mutant))
+    assert set(found) == {"fisher_takes_places"} and message in found["fisher_takes_places"]
+
+
 class UnstableOptions(FullKfac):
     """Options that change when they are stored."""
 
@@ -623,9 +648,20 @@ class GuessesHalf(Full):
         return super().gradient(statistics, spec, samples=2 * samples)
 
 
+class OverwritesPlaces(Full):
+    """Of a place that is seen twice only the last gradient stays."""
+
+    def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
+        taken = super().accumulator(spec, device=device, dtype=dtype)
+        if spec.one_hot:
+            taken.update = lambda inputs, grads, _: taken.total.index_copy_(1, inputs, grads.mT)  # type: ignore[attr-defined, method-assign, union-attr]
+        return taken
+
+
 @pytest.mark.parametrize(
     ("mutant", "check", "message"),
     [
+        (OverwritesPlaces, "gradient_takes_places", "G of places"),
         (SumGradient, "gradient_is_the_mean_over_samples", "G is not (1/n)"),
         (TransposedGradient, "gradient_is_the_mean_over_samples", "the shape is (5, 4), not (4, 5)"),
         (PlansNothing, "statistics_are_finite_and_keep_the_dtype", "the plan says 0"),

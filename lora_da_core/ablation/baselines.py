@@ -16,7 +16,7 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import lora_layers
+from lora_da_core.adapter_factors import holders, lora_layers
 from lora_da_core.batches import to_device
 from lora_da_core.errors import AdapterError, OptionError
 from lora_da_core.types import Batch, LoraFactors
@@ -68,10 +68,11 @@ def initialise(
 
 def factors_of(model: PeftModel) -> dict[str, LoraFactors]:
     """A (r, in) and B (out, r) of every adapted layer, by its name in the base model; copies."""
-    return {
-        name: LoraFactors(*(part["default"].weight.detach().clone() for part in (layer.lora_A, layer.lora_B)))
-        for name, layer in lora_layers(model.get_base_model()).items()
-    }
+    found = {}
+    for name, layer in lora_layers(model.get_base_model()).items():
+        a, b = holders(layer, "default").values()
+        found[name] = LoraFactors(a.detach().clone(), b.detach().clone())
+    return found
 
 
 def offset_of(wrapped: PeftModel, base: nn.Module, start: Mapping[str, LoraFactors]) -> dict[str, LoraFactors]:

@@ -25,6 +25,9 @@ from lora_da_core.data import IGNORED, Sample, count_labels, padded
 from lora_da_core.errors import OptionError
 from lora_da_core.types import Batch, Frozen, LayerSpec, LoraFactors
 
+STACKABLE = ("linear", "conv1d")
+"""Kinds of layers whose adapters are products of the input's rows with A and B."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -47,6 +50,23 @@ class Member:
     frozen: Frozen = "none"
 
 
+def check_stackable(specs: Sequence[LayerSpec]) -> None:
+    """Refuses layers whose adapters cannot be trained together.
+
+    Args:
+        specs: The layers.
+
+    Raises:
+        OptionError: One is a convolution, an expert or an embedding.
+    """
+    other = next((spec for spec in specs if spec.kind not in STACKABLE), None)
+    if other is not None:
+        raise OptionError(
+            f"layer {other.name} is of kind {other.kind!r}; only linear layers are trained together. Set together = 1, "
+            "or leave it out of target_modules."
+        )
+
+
 def finetune_together(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -67,8 +87,9 @@ def finetune_together(
         One curve per member, in their order; `seconds` is each one's share of the whole time.
 
     Raises:
-        OptionError: The members' held-out batches differ.
+        OptionError: The members' held-out batches differ, or a layer is not one whose input is multiplied by a matrix.
     """
+    check_stackable(specs)
     if any(member.data.held_out is not members[0].data.held_out for member in members):
         raise OptionError("adapters that are trained together must share their held-out batches.")
     start = time.perf_counter()

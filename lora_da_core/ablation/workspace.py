@@ -14,6 +14,7 @@ from lora_da_core.ablation.finetune import TrainingData
 from lora_da_core.ablation.grid import Grid
 from lora_da_core.ablation.results import data_fingerprint, versions
 from lora_da_core.ablation.settings import RunSettings
+from lora_da_core.ablation.stacked import check_stackable
 from lora_da_core.cli_options import module_names
 from lora_da_core.data import Rows, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
@@ -71,9 +72,16 @@ class Workspace:
         self.loaded = load_model(run.model, device=run.device, dtype=run.dtype, trust_remote_code=run.trust_remote_code)
         # Nothing but adapters is trained, here or in a copy.
         self.loaded.model.requires_grad_(False)
+        if run.finetune is not None and run.finetune.together > 1:
+            self._check_stackable()
         self._draws: dict[tuple[int, int], Draw] = {}
         self._training: dict[int, TrainingData] = {}
         self._held_out: list[Batch] = []
+
+    def _check_stackable(self) -> None:
+        from lora_da_core import adapter
+
+        check_stackable(adapter.resolve_targets(self.model, self.lora(1)).specs)
 
     @property
     def model(self) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_da_core.errors import DataError, ModelError
 from lora_da_core.factorisations import eigh
-from lora_da_core.operators import Dense, row_major
+from lora_da_core.operators import Dense, Diagonal, SymmetricOperator, row_major
 from lora_da_core.types import DampingKind, FisherStatistics
 
 _RESOLUTION = 1e3
@@ -128,6 +128,10 @@ class DampedFactor(ABC):
     def inverse_trace(self) -> float:
         """The trace of M⁻¹."""
 
+    @abstractmethod
+    def inverse_operator(self, dtype: torch.dtype) -> SymmetricOperator:
+        """M⁻¹ as an operator with blocks in `dtype`."""
+
 
 class DiagonalFactor(DampedFactor):
     """A diagonal factor, (size,)."""
@@ -148,6 +152,9 @@ class DiagonalFactor(DampedFactor):
     def inverse_trace(self) -> float:
         return float(self.entries.reciprocal().sum())
 
+    def inverse_operator(self, dtype: torch.dtype) -> SymmetricOperator:
+        return Diagonal(self.entries.reciprocal().to(dtype))
+
 
 class DenseFactor(DampedFactor):
     """A full factor, (size, size), and its inverse, which is kept in the dtype that its products are made in."""
@@ -167,6 +174,9 @@ class DenseFactor(DampedFactor):
 
     def inverse_trace(self) -> float:
         return float(self.inverse.diagonal().sum(dtype=torch.float64))
+
+    def inverse_operator(self, dtype: torch.dtype) -> SymmetricOperator:
+        return InverseOperator(self, dtype)
 
 
 class InverseOperator(Dense):

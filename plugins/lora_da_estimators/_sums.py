@@ -10,6 +10,8 @@ from lora_da_core.operators import add_product
 
 SECOND_MOMENT = "second_moment"
 """Key of Σ v vᵀ."""
+COUNTS = "counts"
+"""Key of how often each place of one-hot inputs was seen: the diagonal of Σ x xᵀ, which has nothing else."""
 SQUARES = "squares"
 """Key of a sum of elementwise squares."""
 
@@ -35,6 +37,19 @@ class InputSecondMoment(Accumulator):
 
     def statistics(self) -> dict[str, Tensor]:
         return {SECOND_MOMENT: self.total}
+
+
+class InputCounts(Accumulator):
+    """How often each place of one-hot inputs was seen, (in,)."""
+
+    def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(size, device=device, dtype=dtype)
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        self.total += torch.bincount(inputs, minlength=len(self.total))
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {COUNTS: self.total}
 
 
 class OutputSecondMoment(Accumulator):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import Accumulator, FisherEstimator, LayerFisher
 from lora_da_core.operators import Diagonal as DiagonalOperator
-from lora_da_core.operators import SymmetricOperator
+from lora_da_core.operators import SymmetricOperator, add_product, holds_places
 from lora_da_core.types import DampingKind, FisherScale, FisherStatistics, LayerSpec
 from lora_da_estimators._factors import DiagonalFactor, FactorRequest, damp_diagonal, require_tokens
 from lora_da_estimators._samples import by_sample
@@ -43,8 +43,14 @@ class SampleSquares(Accumulator):
         self.total = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        x, g = inputs.to(self.total), required(output_grads).to(self.total)
-        for inputs_of_one, grads_of_one in by_sample(x, g, example):
+        g = required(output_grads).to(self.total)
+        if holds_places(inputs):
+            for places, grads_of_one in by_sample(inputs, g, example):
+                columns, place = torch.unique(places, return_inverse=True)
+                gradient = g.new_zeros(g.shape[1], len(columns)).index_add_(1, place, grads_of_one.mT)
+                self.total[:, columns] += gradient.square()
+            return
+        for inputs_of_one, grads_of_one in by_sample(inputs.to(self.total), g, example):
             gradient = grads_of_one.mT @ inputs_of_one
             self.total.addcmul_(gradient, gradient)
 
@@ -56,8 +62,9 @@ class TokenSquares(SampleSquares):
     """Σ over tokens of (g∘g)(x∘x)ᵀ, (out, in)."""
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        x, g = inputs.to(self.total), required(output_grads).to(self.total)
-        self.total.addmm_(g.square().mT, x.square())
+        g = required(output_grads).to(self.total)
+        # A one-hot row is its own square.
+        add_product(self.total, g.square(), inputs if holds_places(inputs) else inputs.to(self.total).square())
 
 
 class DiagonalFisher(LayerFisher):
@@ -84,6 +91,10 @@ class Diagonal(FisherEstimator[DiagonalOptions]):
     name = "diagonal"
     api_version = 1
     Options = DiagonalOptions
+
+    @property
+    def takes_one_hot(self) -> bool:
+        return True
 
     def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         return NoSums()

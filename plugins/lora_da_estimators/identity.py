@@ -65,6 +65,10 @@ class Identity(FisherEstimator[NoOptions]):
     def needs_output_grads(self) -> bool:
         return False
 
+    @property
+    def takes_one_hot(self) -> bool:
+        return True
+
     def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         return NoSums()
 

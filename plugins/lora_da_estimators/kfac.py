@@ -1,5 +1,8 @@
 """K-FAC: the Fisher as a Kronecker product of an output and an input factor.
 
+The input factor of an embedding is diagonal, the frequencies of its tokens, so nothing of the order of the squared
+vocabulary is made.
+
 Martens & Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature" (ICML 2015), section 3 for
 the factors and section 6.3 for how damping is divided between them.
 """
@@ -18,18 +21,18 @@ from lora_da_core.operators import LinearMap, Scaled, SymmetricOperator
 from lora_da_core.types import DampingKind, FisherScale, FisherStatistics, LabelKind, LayerSpec
 from lora_da_estimators._factors import (
     DampedFactor,
-    DenseFactor,
     DiagonalFactor,
     FactorRequest,
-    InverseOperator,
     damp_dense,
     damp_diagonal,
     require_tokens,
 )
 from lora_da_estimators._maps import converted
 from lora_da_estimators._sums import (
+    COUNTS,
     SECOND_MOMENT,
     SQUARES,
+    InputCounts,
     InputSecondMoment,
     NoSums,
     OutputSecondMoment,
@@ -104,7 +107,7 @@ class KfacFisher(LayerFisher):
     Matrices come back in float64; the operators of `step` and `inverse_input_trace` work in the factors' own dtype.
     """
 
-    def __init__(self, output: DampedFactor, inputs: DenseFactor) -> None:
+    def __init__(self, output: DampedFactor, inputs: DampedFactor) -> None:
         self.output = output
         self.inputs = inputs
         self.damping = {"Z": inputs.damping, "Y": output.damping}
@@ -119,7 +122,7 @@ class KfacFisher(LayerFisher):
     def inverse_input_trace(self) -> SymmetricOperator:
         """V = tr(Y_d⁻¹) Z_d⁻¹; layers that read one input share the inverse."""
         return Scaled(
-            InverseOperator(self.inputs, products_dtype(self.output, self.inputs)), self.output.inverse_trace()
+            self.inputs.inverse_operator(products_dtype(self.output, self.inputs)), self.output.inverse_trace()
         )
 
     def step(self, gradient: LinearMap) -> LinearMap:
@@ -141,8 +144,13 @@ class Kfac(FisherEstimator[KfacOptions]):
     def labels(self) -> LabelKind:
         return self.options.labels
 
+    @property
+    def takes_one_hot(self) -> bool:
+        return True
+
     def input_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
-        return InputSecondMoment(spec.in_features, device=device, dtype=dtype)
+        kind = InputCounts if spec.one_hot else InputSecondMoment
+        return kind(spec.in_features, device=device, dtype=dtype)
 
     def layer_accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         if self.options.output == "identity":
@@ -180,11 +188,13 @@ class Kfac(FisherEstimator[KfacOptions]):
         inputs = self._input_factor(statistics, damping, damping_kind)
         count = statistics.tokens if fisher_scale == "token_mean" else statistics.samples
         request = FactorRequest(spec.name, "output factor Y", "output gradients", damping, damping_kind)
-        return KfacFisher(self._output_factor(statistics, inputs.matrix.device, count, request), inputs)
+        device = next(iter(statistics.input.values())).device
+        return KfacFisher(self._output_factor(statistics, device, count, request), inputs)
 
     def statistics_bytes(self, spec: LayerSpec, *, samples: int, tokens: int, itemsize: int) -> tuple[int, int]:
         output = {"identity": 0, "diagonal": spec.out_features, "full": spec.out_features**2}[self.options.output]
-        return (spec.in_features**2 * itemsize, output * itemsize)
+        inputs = spec.in_features if spec.one_hot else spec.in_features**2
+        return (inputs * itemsize, output * itemsize)
 
     def _output_factor(
         self, statistics: FisherStatistics, device: torch.device, count: int, request: FactorRequest
@@ -196,13 +206,16 @@ class Kfac(FisherEstimator[KfacOptions]):
             return damp_dense(statistics.layer[SECOND_MOMENT], count, request)
         return damp_diagonal(statistics.layer[SQUARES], count, request)
 
-    def _input_factor(self, statistics: FisherStatistics, damping: float, damping_kind: DampingKind) -> DenseFactor:
+    def _input_factor(self, statistics: FisherStatistics, damping: float, damping_kind: DampingKind) -> DampedFactor:
         key = (self.name, "Z", damping, damping_kind, statistics.tokens)
         if key not in statistics.shared:
             request = FactorRequest(statistics.spec.name, "input factor Z", "inputs", damping, damping_kind)
-            statistics.shared[key] = damp_dense(statistics.input[SECOND_MOMENT], statistics.tokens, request)
-        factor: DenseFactor = statistics.shared[key]
-        return factor
+            if statistics.spec.one_hot:
+                statistics.shared[key] = damp_diagonal(statistics.input[COUNTS], statistics.tokens, request)
+            else:
+                statistics.shared[key] = damp_dense(statistics.input[SECOND_MOMENT], statistics.tokens, request)
+        found: DampedFactor = statistics.shared[key]
+        return found
 
 
 @hookimpl

@@ -35,6 +35,10 @@ class Full(GradientEstimator[NoOptions]):
     name = "full"
     api_version = 1
 
+    @property
+    def takes_one_hot(self) -> bool:
+        return True
+
     def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         return _GradientSum(torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import Accumulator, GradientEstimator
-from lora_da_core.operators import LinearMap, LowRankMap
+from lora_da_core.operators import LinearMap, LowRankMap, add_product, holds_places, rows_product
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._seeds import named_generator
 
@@ -78,9 +78,10 @@ class GradientSketch(Accumulator):
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
         if output_grads is None:
             raise TypeError("the sketched gradient needs output gradients")
-        x, g = inputs.to(self.range), output_grads.to(self.range)
-        self.range.addmm_(g.mT, x @ self.matrices.right)
-        self.corange.addmm_((g @ self.matrices.left.mT).mT, x)
+        g = output_grads.to(self.range)
+        x = inputs if holds_places(inputs) else inputs.to(self.range)
+        self.range.addmm_(g.mT, rows_product(x, self.matrices.right))
+        add_product(self.corange, g @ self.matrices.left.mT, x)
 
     def statistics(self) -> dict[str, Tensor]:
         return {"range": self.range, "corange": self.corange}
@@ -104,6 +105,10 @@ class SketchedGradient(GradientEstimator[SketchedGradientOptions]):
     @property
     def exact(self) -> bool:
         return False
+
+    @property
+    def takes_one_hot(self) -> bool:
+        return True
 
     def accumulator(self, spec: LayerSpec, *, device: torch.device, dtype: torch.dtype) -> Accumulator:
         return GradientSketch(TestMatrices.of(spec, self.options).to(device, dtype))

@@ -13,6 +13,9 @@ DENSE_SIZE = {"cpu": 512, "cuda": 3072}
 DENSE_RANKS = 24
 """Orders up to this many times the rank are solved densely too."""
 
+LARGEST_DENSE = 30_000
+"""Largest order that is ever formed, 6.7 GiB of float64: of an embedding the order is the size of the vocabulary."""
+
 DENSE = ("eigh",)
 LARGE = ("lanczos", "davidson", "eigh")
 """Preferences, best first."""
@@ -22,7 +25,7 @@ LARGE = ("lanczos", "davidson", "eigh")
 def lora_da_choose_solver(
     size: int, rank: int, device_type: str, available: Mapping[str, type[Solver[Any]]]
 ) -> str | None:
-    """Dense `eigh` for small orders; above, the first available of `lanczos`, `davidson` and `eigh`.
+    """Dense `eigh` for small orders; above, the first available of `lanczos`, `davidson` and, up to 30,000, `eigh`.
 
     A solver that did not converge is no longer available, so a top-heavy Ω, on which Lanczos gives up, goes to
     Davidson, which has V's preconditioner, and at last to the dense solver.
@@ -42,4 +45,5 @@ def lora_da_choose_solver(
     """
     dense_size = DENSE_SIZE.get(device_type, DENSE_SIZE["cpu"])
     small = size <= max(dense_size, DENSE_RANKS * rank)
-    return next((name for name in (DENSE if small else LARGE) if name in available), None)
+    names = DENSE if small else LARGE if size <= LARGEST_DENSE else LARGE[:-1]
+    return next((name for name in names if name in available), None)

@@ -44,6 +44,8 @@ def lora_pairs(model: nn.Module, adapter_name: str = "default") -> dict[str, Pai
     found: dict[str, Pair] = {}
     for name, module in model.named_modules():
         layer: Any = module
+        if adapter_name in getattr(layer, "lora_embedding_A", {}):
+            raise OptionError(f"layer {name} is an embedding, not a linear LoRA layer; leave it out.")
         if not hasattr(module, "lora_A") or adapter_name not in layer.lora_A:
             continue
         a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight

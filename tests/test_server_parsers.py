@@ -1,0 +1,119 @@
+"""Other programs' own parsers read what docs/integrations.md tells to write.
+
+Run by hand, as the programs cannot all be installed beside each other:
+
+    python -m pip download --no-deps -d WHEELS axolotl llamafactory vllm && python -m pip install --no-deps omegaconf \
+        antlr4-python3-runtime
+    LORA_DA_SERVER_WHEELS=WHEELS python -m pytest tests/test_server_parsers.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+
+import lora_da_core
+from conftest import make_batches, make_samples, make_tiny_llama
+
+WHEELS = os.environ.get("LORA_DA_SERVER_WHEELS", "")
+pytestmark = pytest.mark.skipif(not WHEELS, reason="needs the programs' wheels in LORA_DA_SERVER_WHEELS")
+
+AXOLOTL = """
+from axolotl.utils.schemas.config import AxolotlInputConfig
+found = AxolotlInputConfig(
+    base_model="B", adapter="lora", lora_model_dir=given, datasets=[{"path": "x", "type": "alpaca"}],
+    micro_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-4, num_epochs=1,
+)
+answer = {"adapter": found.adapter, "directory": found.lora_model_dir, "r": found.lora_r}
+"""
+LLAMA_FACTORY = """
+import os
+os.environ["DISABLE_VERSION_CHECK"] = "1"
+from llamafactory.hparams.parser import get_train_args
+model, _, _, tuning, _ = get_train_args(dict(
+    model_name_or_path="B", stage="sft", do_train=True, finetuning_type="lora", adapter_name_or_path=given,
+    create_new_adapter=False, dataset="x", template="llama3", output_dir=given + "/out", use_cpu=True,
+))
+answer = {"directories": model.adapter_name_or_path, "new": tuning.create_new_adapter, "type": tuning.finetuning_type}
+"""
+# The package itself takes a GPU's libraries; of its parser's two imports one is a type's name, the other a logger.
+VLLM = """
+import importlib.util, json, logging, sys, types
+from pathlib import Path
+for name in ("vllm", "vllm.config", "vllm.config.lora", "vllm.logger"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["vllm.config.lora"].LoRAConfig = object
+log = logging.getLogger("vllm")
+log.info_once = log.info
+sys.modules["vllm.logger"].init_logger = lambda name: log
+spec = importlib.util.spec_from_file_location("peft_helper", root / "vllm" / "lora" / "peft_helper.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules["peft_helper"] = module
+spec.loader.exec_module(module)
+helper = module.PEFTHelper.from_dict(json.loads(Path(given, "adapter_config.json").read_text()))
+limits = types.SimpleNamespace(max_lora_rank=64)
+try:
+    helper.validate_legal(limits)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
+names = json.loads(Path(given, "names.json").read_text())
+answer = {"refused": refused, "layers": {name: helper.get_rank_and_scaling(name) for name in names}}
+"""
+
+
+def parsed(program: str, script: str, given: Path, tmp_path: Path) -> dict[str, object]:
+    """What a program's parser makes of a directory, in a process of its own."""
+    (wheel,) = Path(WHEELS).rglob(f"{program}-*.whl")
+    root = tmp_path / program
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(root, [name for name in archive.namelist() if not name.endswith(".so")])
+    head = f"from pathlib import Path\nimport sys\nroot, given = Path({str(root)!r}), {str(given)!r}\n"
+    head += "sys.path.insert(0, str(root))\n"
+    code = f"{head}{script}\nimport json\nprint('ANSWER' + json.dumps(answer))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWER")]
+    assert lines, run.stderr[-3000:]
+    found: dict[str, object] = json.loads(lines[0].removeprefix("ANSWER"))
+    return found
+
+
+def saved(directory: Path, **settings: object) -> dict[str, list[float]]:
+    """Saves an adapter of ours; returns its layers' ranks and scalings as PEFT has them."""
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"})
+    pipeline = lora_da_core.build_pipeline(**settings)  # type: ignore[arg-type]
+    batches = make_batches(make_samples(12), 6)
+    model = lora_da_core.get_lora_da_model(make_tiny_llama(), lora, batches, pipeline=pipeline)
+    model.save_pretrained(directory)
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    found = {name: [layer.r["default"], layer.scaling["default"]] for name, layer in layers.items()}
+    (directory / "names.json").write_text(json.dumps(list(found)))
+    return found
+
+
+def test_axolotl_takes_the_directory(tmp_path: Path) -> None:
+    expected = {"adapter": "lora", "directory": str(tmp_path), "r": None}
+    assert parsed("axolotl", AXOLOTL, tmp_path, tmp_path) == expected
+
+
+def test_llama_factory_takes_the_directory(tmp_path: Path) -> None:
+    expected = {"directories": [str(tmp_path)], "new": False, "type": "lora"}
+    assert parsed("llamafactory", LLAMA_FACTORY, tmp_path, tmp_path) == expected
+
+
+@pytest.mark.parametrize("allocator", ["none", "greedy"])
+def test_vllm_reads_every_layers_rank_and_scaling(allocator: str, tmp_path: Path) -> None:
+    layers = saved(tmp_path, allocator=allocator)
+    assert len({rank for rank, _ in layers.values()}) > 1 or allocator == "none"
+    found = parsed("vllm", VLLM, tmp_path, tmp_path)
+    assert found["refused"] == ""
+    for name, (rank, scaling) in found["layers"].items():  # type: ignore[attr-defined]
+        assert rank == layers[name][0] and scaling == pytest.approx(layers[name][1], rel=1e-12)
