@@ -59,7 +59,7 @@ def init_before_training(
     population = chosen.config.population or (len(data) if isinstance(data, Sized) else None)
     config = replace(chosen.config, samples=wanted, population=population)
     adapter.config_of(model, adapter_name)
-    with _random_states():
+    with random_states_kept():
         loader = trainer.get_train_dataloader()
         loader = preference_batches(loader) if preferences else loader
         result = Pipeline(chosen.registry, chosen.components, config).run(model, loader, adapter_name=adapter_name)
@@ -85,8 +85,8 @@ def _preference_pipeline(trainer: Any) -> Pipeline:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
-    """Puts back what shuffling and collating draw from."""
+def random_states_kept() -> Iterator[None]:
+    """Puts back what shuffling, collating and a trainer's own seed change: torch's, numpy's and Python's states."""
     plain, arrays = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:

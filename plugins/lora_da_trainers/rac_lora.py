@@ -154,6 +154,10 @@ class RacLora(TrainerPlugin[RacLoraOptions]):
     api_version = 1
     Options = RacLoraOptions
 
+    @property
+    def changes_base(self) -> bool:
+        return True
+
     def attach(self, trainer: Any) -> None:
         from transformers import TrainerCallback
 
