@@ -349,7 +349,7 @@ def kit() -> Iterator[Any]:
             yield pytest.param(check, id=f"{case} {name}")
 
 
-@pytest.mark.parametrize("check", kit())
+@pytest.mark.parametrize("check", list(kit()))
 def test_contract(check: Callable[[], None]) -> None:
     check()
 
