@@ -42,7 +42,7 @@ for number, (case, event, step) in enumerate(CASES):
         callbacks.insert(0, Kill(event, step))
         trainer.train()
         os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
+    print("status", os.waitpid(child, 0)[1], flush=True)
 """
 CASES = [
     ("odelora rk4", "on_step_end", 5),
@@ -63,7 +63,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-c", program, str(root)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    statuses = [int(line) for line in done.stdout.split()]
+    statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status ")]
     assert [os.WTERMSIG(status) for status in statuses] == [signal.SIGKILL] * len(CASES)
     return root
 
