@@ -46,19 +46,20 @@ def finetune_by_trainer(
         The held-out losses.
 
     Raises:
-        OptionError: The trainer would train on another device.
+        OptionError: The trainer would train on another device, or on several.
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
     recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows))
     recorder.begin()
     with random_states_kept(), tempfile.TemporaryDirectory() as directory:
-        trainer = _trainer(model, data, settings, learning_rate, recorder, directory)
-        if trainer.args.device != device:
+        arguments = _arguments(settings, learning_rate, data.seed, device, directory)
+        if arguments.device != device or arguments.n_gpu > 1:
             raise OptionError(
-                f"transformers' Trainer would train on {trainer.args.device}, but the model is on {device}; "
-                "let it be the only visible device (CUDA_VISIBLE_DEVICES)."
+                f"transformers' Trainer would train on {max(arguments.n_gpu, 1)} devices from {arguments.device}, but "
+                f"the model is on {device}; let that be the only visible one (CUDA_VISIBLE_DEVICES)."
             )
+        trainer = _trainer(model, data, settings, arguments, recorder)
         if plugin is not None:
             with blamed(f"trainer {plugin.name!r}"):
                 plugin.attach(trainer)
@@ -70,14 +71,9 @@ def finetune_by_trainer(
 
 
 def _trainer(
-    model: nn.Module,
-    data: TrainingData,
-    settings: FinetuneSettings,
-    learning_rate: float,
-    recorder: Recorder[float],
-    directory: str,
+    model: nn.Module, data: TrainingData, settings: FinetuneSettings, arguments: Any, recorder: Recorder[float]
 ) -> Any:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     class Finetune(Trainer):  # type: ignore[misc]  # transformers is untyped here
         """The grid's batches, schedule and loss."""
@@ -104,7 +100,18 @@ def _trainer(
             recorder.step(state.global_step - 1, trainer.last_loss)
             trainer.model.train()
 
-    arguments = TrainingArguments(
+    trainer = Finetune(model, arguments, train_dataset=list(data.samples))
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Evaluate())
+    return trainer
+
+
+def _arguments(
+    settings: FinetuneSettings, learning_rate: float, seed: int, device: torch.device, directory: str
+) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=directory,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -112,15 +119,11 @@ def _trainer(
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch",
-        seed=data.seed,
-        use_cpu=next(model.parameters()).device.type == "cpu",
+        seed=seed,
+        use_cpu=device.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    trainer = Finetune(model, arguments, train_dataset=list(data.samples))
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Evaluate())
-    return trainer
