@@ -235,6 +235,24 @@ def test_a_fisher_without_a_penalty_makes_no_further_cells() -> None:
     assert len({cell.id for cell in cells}) == 6
 
 
+def test_each_fisher_of_the_source_is_estimated_once(
+    world: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengths = [{"name": "laplace", "strength": strength} for strength in (1.0, 2.0, 3.0)]
+    axes = {"regularizer": ["none", *strengths], "source_fisher": ["kfac", "diagonal"], "rank": [2]}
+    grid = make_grid(grid_of(world, axes, source=source, steps=1, eval_steps=[1], learning_rates=[1e-3]))
+    space, asked = Workspace(grid.run, REGISTRY), []
+    read = space.source
+
+    def counted(seed: int) -> Any:
+        asked.append(seed)
+        return read(seed)
+
+    monkeypatch.setattr(space, "source", counted)
+    records = list(GroupRun(space).records(*grid.groups()))
+    assert [record["status"] for record in records] == ["done"] * 7 and asked == [0, 0]
+
+
 def test_the_loss_on_the_source_is_that_of_the_model(world: Path, source: Path) -> None:
     """Against the plain model's own loss: with B = 0 the first evaluation is the base's."""
     grid = make_grid(grid_of(world, {"baseline": ["default"], "rank": [2]}, source=source))

@@ -147,11 +147,16 @@ class Grid:
 
 
 def _in_order(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Cells of one Ω follow each other, so that its reference is made once; those of one start, so that it is."""
+    """Cells of one Ω, of one start and of one Fisher of the source follow each other, so that each is made once."""
+
+    def keys(cell: Cell) -> tuple[str, int, str, str]:
+        return omega_key(cell.config), cell.rank, cell.start_key(), _canonical(cell.source_fisher)
+
     first: dict[str, int] = {}
-    for place, cell in enumerate(cells):
-        first.setdefault(cell.start_key(), place)
-    return tuple(sorted(cells, key=lambda cell: (omega_key(cell.config), cell.rank, first[cell.start_key()])))
+    for cell in cells:
+        for key in keys(cell)[2:]:
+            first.setdefault(key, len(first))
+    return tuple(sorted(cells, key=lambda cell: (*keys(cell)[:2], *(first[key] for key in keys(cell)[2:]))))
 
 
 def omega_key(config: LoraDAConfig) -> str:
