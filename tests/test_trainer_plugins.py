@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,12 +307,25 @@ def test_a_checkpoint_without_its_links_or_with_others_is_refused(tmp_path: Path
     path = tmp_path / "checkpoint-5" / CHAIN_FILE
     links = load_file(path)
     assert not list(path.parent.glob(".*"))
-    save_file({key.replace("layers.1", "layers.7"): value for key, value in links.items()}, path)
-    for message in ("other layers", "Resume from an earlier"):
+    other = {key.replace("layers.1", "layers.7"): value for key, value in links.items()}
+    spoilt: list[tuple[Callable[[], object], str]] = [
+        (lambda: save_file(other, path), "other layers"),
+        (lambda: path.write_bytes(path.read_bytes()[:-9]), "damaged"),
+        (path.unlink, "does not exist"),
+    ]
+    for spoil, message in spoilt:
+        spoil()
         resumed, _ = attached(tmp_path, "rac_lora")
         with pytest.raises(StorageError, match=message):
             resumed.train(resume_from_checkpoint=str(path.parent))
-        path.unlink(missing_ok=True)
+
+
+def test_a_restart_from_data_on_several_processes_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, start("rac_lora"))
+    several = SimpleNamespace(args=SimpleNamespace(world_size=2), model=trainer.model)
+    with pytest.raises(OptionError, match="each of 2 processes"):
+        REGISTRY.create("trainer", ("rac_lora", {"sampled": "A", "restart": "data"})).attach(several)
+    REGISTRY.create("trainer", ("rac_lora", {"sampled": "A", "restart": "data"})).attach(trainer)
 
 
 @pytest.mark.parametrize("name", ["odelora", "riemannion"])

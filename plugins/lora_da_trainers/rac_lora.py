@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -182,6 +183,12 @@ class RacLora(TrainerPlugin[RacLoraOptions]):
     def attach(self, trainer: Any) -> None:
         from transformers import TrainerCallback
 
+        processes = trainer.args.world_size
+        if self.options.restart == "data" and processes > 1:
+            raise OptionError(
+                f"rac_lora with restart='data' would solve for another A on each of {processes} processes, as each "
+                "reads its own part of the data; use restart='random'."
+            )
         chain, options = Chain(lora_pairs(trainer.model), self.options), self.options
         chain.freeze()
 
@@ -206,7 +213,8 @@ class RacLora(TrainerPlugin[RacLoraOptions]):
                     begin()
 
             def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-                _store(chain.state_dict(), _checkpoint(args, state) / CHAIN_FILE)
+                if state.is_world_process_zero:
+                    _store(chain.state_dict(), _checkpoint(args, state) / CHAIN_FILE)
 
         trainer.add_callback(Links())
 
@@ -229,7 +237,10 @@ def _stored(args: Any, state: Any) -> dict[str, Tensor]:
             f"{path} does not exist: the run was no rac_lora's, or was ended while it saved. Resume from an earlier "
             "checkpoint, or from one of rac_lora."
         )
-    found: dict[str, Tensor] = load_file(path)
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise StorageError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
     return found
 
 
