@@ -87,6 +87,22 @@ def test_the_error_shrinks_at_the_method_s_rate_whatever_the_condition(
     assert errors[-1] / errors[-2] == pytest.approx(rate, abs=2e-4)
 
 
+@pytest.mark.parametrize(("condition", "low", "high"), [(1.0, 0.699, 0.701), (30.0, 0.96, 0.98), (1000.0, 0.99, 1.0)])
+def test_gradient_descent_on_the_factors_slows_down_with_the_condition(
+    condition: float, low: float, high: float
+) -> None:
+    """What the flow is to be compared to: the same problems, start and step length."""
+    target = conditioned(condition)
+    one = pair(*near(target, 3, 1e-5 / condition))
+    optimizer = torch.optim.SGD([one.A, one.B], lr=0.3)
+    errors = []
+    for _ in range(12):
+        errors.append(float((product(one) - target).norm()))
+        quadratic(one, target)()
+        optimizer.step()
+    assert low < errors[-1] / errors[-2] < high
+
+
 def test_the_flow_is_the_riemannian_gradient_and_stays_balanced() -> None:
     target = random(6, 5, seed=3)
     b, a = balanced(random(6, 2, seed=4), random(2, 5, seed=5))
