@@ -35,7 +35,7 @@ def main() -> None:
     options = _options()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    source = output / ".source.jsonl"
+    source = Path(options.source or output / ".source.jsonl")
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in passages(topics())), encoding="utf-8")
     written = read_grid(options.grid)
     assert written.run.source is not None
@@ -111,6 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--source", help="where the passages are written; part of what identifies a cell")
     parser.add_argument("--device")
     parser.add_argument("--grid", default=str(GRID))
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")])
