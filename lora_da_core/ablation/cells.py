@@ -98,7 +98,7 @@ class GroupRun:
         self._reference: tuple[Any, Reference | None, str | None] = (None, None, None)
         self._training = Training(workspace)
         self._start: Start | None = None
-        self._starts: dict[str, tuple[Mapping[str, LoraFactors], Mapping[str, LoraFactors]]] = {}
+        self._untrained: dict[str, tuple[Mapping[str, LoraFactors], Mapping[str, LoraFactors]]] = {}
 
     def records(self, *groups: Group) -> Iterator[Record]:
         """The cells of groups, each finished before the next begins; a failure is a record like any other.
@@ -115,10 +115,10 @@ class GroupRun:
         waiting: list[Waiting] = []
         for group in groups:
             for cell, record in self._group_records(group):
-                if cell.id not in self._starts:
+                if cell.id not in self._untrained:
                     yield record
                     continue
-                waiting.append(Waiting(cell, group, record, *self._starts.pop(cell.id)))
+                waiting.append(Waiting(cell, group, record, *self._untrained.pop(cell.id)))
                 name = cell.baseline or f"{cell.preset} {cell.estimator}"
                 logger.info("%s (%s) took %.1f s, its fine-tune waits", name, cell.id, record["spent"])
                 if tune is not None and len(waiting) * len(tune.learning_rates) >= tune.together:
@@ -219,7 +219,7 @@ class GroupRun:
         if space.run.finetune is None:
             return found
         if self._waits(cell):
-            self._starts[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
+            self._untrained[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
             return found
         fitted = adapter.allocated_config(space.lora(cell.rank), result.report.allocation)
         source = self._training.source(cell)
@@ -289,7 +289,7 @@ class GroupRun:
         if space.run.finetune is None:
             return found
         if self._waits(cell):
-            self._starts[cell.id] = (factors, baselines.offset_of(wrapped, space.model, factors))
+            self._untrained[cell.id] = (factors, baselines.offset_of(wrapped, space.model, factors))
             return found
         return self._finetuned(cell, found, wrapped, self._training.source(cell))
 
