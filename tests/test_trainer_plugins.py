@@ -278,9 +278,9 @@ def test_transformers_trainer_learns_with_it(case: str, tmp_path: Path) -> None:
     assert sum(losses[-3:]) / 3 < losses[0] - 0.03, losses
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("case", ["odelora euler", "rac_lora A"])
 def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(case: str, tmp_path: Path) -> None:
-    """Eight steps, against five and three; the fifth is amid a link, and amid the stages of rk4."""
+    """Eight steps, against five and three; the fifth is amid a link. The kit below and runs that are killed do more."""
     unbroken, model = attached(tmp_path / "a", case)
     unbroken.train()
     broken, _ = attached(tmp_path / "b", case, save_strategy="steps", save_steps=5)
