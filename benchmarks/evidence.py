@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,34 @@ def main() -> None:
     changes = {name: getattr(options, name) for name in ("model", "data", "device") if getattr(options, name)}
     seeds = options.seeds or list(read_grid(options.grid, **changes).run.seeds)
     start = time.perf_counter()
-    share_threads(options.processes)
+    results = run_seeds(options.grid, options.output, changes, seeds, options.processes, options.fused)
+    if options.report:
+        run_grid(read_grid(options.grid, **changes, seeds=seeds), options.output)
+    print(f"{RESULTS}: {len(results.read())} cells, {time.perf_counter() - start:.0f} s")
+
+
+def run_seeds(
+    grid: str, output: str, changes: dict[str, Any], seeds: Sequence[int], processes: int, fused: bool
+) -> Results:
+    """Runs a grid's seeds side by side and joins what they leave.
+
+    Args:
+        grid: The grid file.
+        output: Directory of the joined results; those of each seed lie in a hidden one within.
+        changes: Fields of [run] that win over the file's.
+        seeds: The seeds.
+        processes: Seeds at once.
+        fused: Whether Llama's kernels are fused where there is an accelerator.
+
+    Returns:
+        The joined results.
+    """
+    share_threads(processes)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(options.processes, len(seeds)), mp_context=spawn, max_tasks_per_child=1) as pool:
-        work = partial(_one_seed, options.grid, options.output, changes, options.fused)
-        for _ in pool.map(work, seeds):
+    with ProcessPoolExecutor(min(processes, len(seeds)), mp_context=spawn, max_tasks_per_child=1) as pool:
+        for _ in pool.map(partial(_one_seed, grid, output, changes, fused), seeds):
             pass
-    joined = Path(options.output)
+    joined = Path(output)
     results = Results(joined)
     known = {record["cell"] for record in results.read()}
     for seed in seeds:
@@ -52,9 +73,7 @@ def main() -> None:
         for record in Results(part).read():
             if record["cell"] not in known:
                 results.append(record)
-    if options.report:
-        run_grid(read_grid(options.grid, **changes, seeds=seeds), joined)
-    print(f"{RESULTS}: {len(results.read())} cells, {time.perf_counter() - start:.0f} s")
+    return results
 
 
 def _options() -> argparse.Namespace:
@@ -90,6 +109,8 @@ def _one_seed(grid: str, output: str, changes: dict[str, Any], fused: bool, seed
 
     def tell(record: dict[str, Any], done: int, total: int) -> None:
         name = record["baseline"] or f"{record['preset']} {record['estimator']}"
+        if record["regularizer"] != "none":
+            name += f" + {record['regularizer']} {record['regularizer_options']} of {record['source_fisher']}"
         tried = [round(curve["losses"][-1], 4) for curve in record["curves"] if curve["losses"][-1] is not None]
         said = record["error"] or f"{record['seconds']:.1f} s, {record['spent']:.1f} s in all, losses {tried}"
         print(f"[{time.perf_counter() - start:5.0f}] seed {seed} {done}/{total} {name}: {said}", flush=True)

@@ -411,6 +411,11 @@ class Regularizer(Component[OptionsT]):
 class TrainerPlugin(Component[OptionsT]):
     """Changes how a trainer trains: an optimizer, or a callback."""
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether training writes to the base's weights; nothing may then be counted from where it began."""
+        return False
+
     @abstractmethod
     def attach(self, trainer: Any) -> None:
         """Makes a trainer use it; to be called between making the trainer and `trainer.train()`.

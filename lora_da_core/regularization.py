@@ -123,17 +123,48 @@ def penalty_of(
             f"a penalty covers linear layers; {other[0]} is none: leave it out (exclude_modules, target_parameters)."
         )
     estimates = chosen.estimate(model, batches, adapter_name=adapter_name, cache_dir=cache_dir)
+    scaling = {spec.name: spec.scaling for spec in estimates.task.specs}
+    fishers = chosen.fishers(estimates, damping=damping)
+    return penalty_from(model, made, scaling, fishers, start=start, adapter_name=adapter_name)
+
+
+def penalty_from(
+    model: nn.Module,
+    regularizer: Regularizer[Any],
+    scaling: Mapping[str, float],
+    fishers: Mapping[str, LayerFisher],
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+) -> Penalty:
+    """A penalty from Fishers that are there already; `penalty_of` estimates them.
+
+    Args:
+        model: A PeftModel with a LoRA adapter, initialised.
+        regularizer: The regularizer.
+        scaling: PEFT's factor on B·A, by layer.
+        fishers: Of the base's weights, for the same layers.
+        start: As `penalty_of` takes it.
+        adapter_name: The adapter.
+
+    Returns:
+        The penalty.
+
+    Raises:
+        OptionError: The start has other layers than the adapter.
+    """
+    from lora_da_core import adapter
+
     parameters = adapter.factor_pairs(model, adapter_name)
-    names = [spec.name for spec in estimates.task.specs]
-    state = adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names}) if start is None else start
-    if set(state) != set(adapter.state_dict({name: LoraFactors(*parameters[name]) for name in names})):
+    now = adapter.state_dict({name: LoraFactors(*parameters[name]) for name in scaling})
+    if start is not None and set(start) != set(now):
         raise OptionError("start holds the factors of other layers than the adapter has; give start_state_dict()'s.")
     penalty = Penalty(
-        made,
-        {name: parameters[name] for name in names},
-        {name: adapter.pair_in(state, name, like=parameters[name]) for name in names},
-        {spec.name: spec.scaling for spec in estimates.task.specs},
-        chosen.fishers(estimates, damping=damping),
+        regularizer,
+        {name: parameters[name] for name in scaling},
+        {name: adapter.pair_in(now if start is None else start, name, like=parameters[name]) for name in scaling},
+        scaling,
+        fishers,
     )
     for sentence in penalty.doubts:
         logger.warning("%s", sentence)

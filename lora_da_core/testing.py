@@ -14,21 +14,30 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_da_core import (
     testing_allocators,
     testing_estimators,
     testing_gradients,
+    testing_objectives,
     testing_regularizers,
     testing_solvers,
 )
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator, LayerFisher, RankAllocator, Regularizer, Solver
+from lora_da_core.interfaces import (
+    FisherEstimator,
+    GradientEstimator,
+    LayerFisher,
+    Objective,
+    RankAllocator,
+    Regularizer,
+    Solver,
+)
 from lora_da_core.operators import Dense, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.testing_data import Check, Tokens, collect, layer
-from lora_da_core.types import DampingKind, EigenResult, FisherScale
+from lora_da_core.types import Batch, DampingKind, EigenResult, FisherScale, LayerSpec
 
 Options = Mapping[str, Any] | None
 """Options of a component by name; None takes the defaults."""
@@ -169,6 +178,31 @@ def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) 
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
     return testing_regularizers.checks(cls, options or {})
+
+
+def objective_checks(
+    cls: type[Objective[Any]],
+    *,
+    model: nn.Module,
+    batch: Batch,
+    spec: LayerSpec,
+    tokens: int,
+    options: Options = None,
+) -> Iterator[Check]:
+    """What an objective must fulfil; it takes a model and data that suit it, so `check_plugin` knows none of it.
+
+    Args:
+        cls: The class.
+        model: A small model, in evaluation mode, best in float64.
+        batch: At least two samples of different lengths, each with a label.
+        spec: A layer of the model.
+        tokens: Tokens of each sample that this layer sees.
+        options: Its options.
+
+    Returns:
+        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
+    """
+    return testing_objectives.checks(cls, options or {}, model=model, batch=batch, spec=spec, tokens=tokens)
 
 
 CHECKS_OF_KIND: dict[str, Callable[..., Iterator[Check]]] = {

@@ -119,8 +119,17 @@ class TestProvenance:
                     {"baseline": ["default", "eva"], "rank": [4]},
                 ],
             },
+            {
+                "run": {**RUN, "finetune": {"steps": 9, "learning_rates": [1e-3], "eval_steps": [9]},
+                        "source": {"data": "s.jsonl", "prompt_template": "{text}", "held_out": 5}},
+                "grid": [
+                    {"regularizer": ["none", {"name": "laplace", "strength": 3.0}], "source_fisher": ["ekfac", "kfac"]},
+                    {"trainer": ["riemannion", {"name": "rac_lora", "every": 3}], "preset": ["lora_one"]},
+                    {"baseline": ["default"], "regularizer": ["laplace"], "trainer": ["none", "odelora"]},
+                ],
+            },
         ],
-        ids=lambda grid: grid.stem if isinstance(grid, Path) else "everything",
+        ids=lambda grid: grid.stem if isinstance(grid, Path) else f"with {len(grid['run'])} settings",
     )  # fmt: skip
     def test_the_grid_of_a_report_has_the_same_cells(self, grid, monkeypatch):
         monkeypatch.setitem(NEEDED_MODULES, "corda", ("", ""))

@@ -63,6 +63,16 @@ class TestComparison:
         labels = [each.label for each in found_in(*records_of(grid))]
         assert labels == ["robust kfac β=0.03", "robust kfac β=1", "paper kfac β=0.03", "paper kfac β=1"]
 
+    def test_cells_with_a_penalty_are_compared_to_those_without(self):
+        penalised = {"regularizer": "laplace", "regularizer_options": {"strength": 2.0}, "source_fisher": "diagonal"}
+        records = [record_of("kfac", seed, final(2.0), **penalised, cell=f"p{seed}") for seed in (0, 1)]
+        records += [record_of("kfac", seed, final(1.0 + seed)) for seed in (0, 1)]
+        found = found_in(*records)
+        assert [each.name for each in found] == ["kfac + laplace of diagonal", "kfac"]
+        assert all(comparison.counterpart(found, each, "kfac") is found[1] for each in found)
+        (difference,) = comparison.differences(found, "kfac")
+        assert difference.configuration is found[0] and difference.interval.mean == 0.5
+
 
 class TestAtBest:
     """Two seeds, batches of 16: an initialisation of 64 samples costs 4 steps."""

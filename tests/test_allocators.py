@@ -144,34 +144,43 @@ def is_submodular(curvature: Curvature, *, projected: bool) -> bool:
     return True
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_projection_makes_the_objective_submodular(seed: int) -> None:
-    curvature = random_curvature(seed)
-    assert not is_submodular(curvature, projected=False)
-    assert is_submodular(curvature, projected=True)
+def test_the_projection_makes_the_objective_submodular() -> None:
+    """Always; the Hessian as it is rarely is so by chance."""
+    curvatures = [random_curvature(seed) for seed in range(10)]
+    assert sum(is_submodular(curvature, projected=False) for curvature in curvatures) <= 1
+    assert all(is_submodular(curvature, projected=True) for curvature in curvatures)
 
 
-def test_sublora_keeps_its_guarantee_and_beats_the_first_order_choice() -> None:
-    """Against brute force over all sets of 4 of 8; the objective is monotone by construction of the slopes."""
-    ratios, second, first = [], [], []
-    for seed in range(20):
-        curvature = random_curvature(seed)
+def family(seed: int, kinds: int, spread: float, scale: float) -> Curvature:
+    """Eight directions around so many centres, of unequal sizes; with these slopes all marginals are positive."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = spread * torch.randn(8, 12, generator=draw, dtype=torch.float64)
+    if kinds:
+        directions += torch.randn(kinds, 12, generator=draw, dtype=torch.float64)[torch.arange(8) % kinds]
+    directions *= (scale * torch.rand(8, 1, generator=draw, dtype=torch.float64)).exp()
+    hessian = directions @ directions.mT
+    more = torch.rand(8, generator=draw, dtype=torch.float64) * hessian.diagonal()
+    return Curvature(-hessian.clamp(min=0).sum(1) - more, hessian)
+
+
+@pytest.mark.parametrize(("kinds", "spread"), [(0, 1.0), (2, 0.3), (2, 0.6), (2, 1.0), (4, 0.6)])
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_sublora_keeps_its_guarantee_and_is_never_behind_the_first_order_choice(
+    kinds: int, spread: float, scale: float
+) -> None:
+    """Against brute force over all sets of 4 of 8: without structure, with much and with little, ten draws each."""
+    ahead = 0
+    for seed in range(100, 110):
+        curvature = family(seed, kinds, spread, scale)
         shown = LayerSpectrum(torch.zeros(8, dtype=torch.float64), 1.0, curvature)
         chosen = tuple(allocator("sublora").order(shown)[:4])
-        sets = list(itertools.combinations(range(8), 4))
-        best = max(value(curvature, each, projected=True) for each in sets)
-        ratios.append(value(curvature, chosen, projected=True) / best)
         by_slope = tuple(curvature.slopes.argsort()[:4].tolist())
-        full = value(curvature, tuple(range(8)), projected=True)
-        loss = [
-            full - v
-            for v in (best, value(curvature, chosen, projected=True), value(curvature, by_slope, projected=True))
-        ]
-        second.append(loss[1] / loss[0])
-        first.append(loss[2] / loss[0])
-    assert min(ratios) >= 1 - 1 / math.e
-    assert sorted(second)[10] < sorted(first)[10]
-    assert sorted(second)[10] < 1.1
+        best = max(value(curvature, each, projected=True) for each in itertools.combinations(range(8), 4))
+        second, first = (value(curvature, each, projected=True) for each in (chosen, by_slope))
+        assert best * (1 - 1 / math.e) <= second <= best * (1 + 1e-12)
+        assert second >= first * (1 - 1e-12)
+        ahead += second > first * (1 + 1e-9)
+    assert ahead >= 2
 
 
 def test_sublora_is_greedy_where_directions_do_not_interact() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, gpu_7b, primitives, solvers
+from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, solvers
 
 GRID = """
 [run]
@@ -49,6 +49,9 @@ class _InThisProcess:
 
     def __exit__(self, *error: object) -> None:
         pass
+
+    def map(self, work: Any, items: Any) -> list[Any]:
+        return [work(item) for item in items]
 
     def submit(self, work: Any, *arguments: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -155,3 +158,68 @@ def test_every_candidate_trains_and_is_paired_with_the_default(
     differences = [ends["robust", seed][-1] - ends["default", seed][-1] for seed in (0, 1)]
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("robust "))
     assert f"{sum(differences) / 2:+.4f} ± " in row
+
+
+FORGETTING = """
+[run]
+model = "model"
+data = "data.jsonl"
+samples = 8
+seeds = [0, 1]
+reference = "none"
+compare_to = "kfac"
+
+[run.source]
+data = "source.jsonl"
+samples = 6
+held_out = 4
+
+[run.finetune]
+steps = 2
+learning_rates = [1e-2]
+eval_steps = [0, 2]
+batch_size = 4
+held_out = 6
+
+[[grid]]
+rank = [2]
+regularizer = ["none", { name = "laplace", strength = 1e6 }]
+
+[[grid]]
+baseline = ["default"]
+rank = [2]
+"""
+
+
+def test_forgetting_is_measured_on_passages_of_pythons_reference(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, output = tmp_path / "grid.toml", tmp_path / "out"
+    grid.write_text(FORGETTING)
+    inputs = ["--model", str(world / "model"), "--data", str(world / "data.jsonl"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["forgetting", "--grid", str(grid), "--output", str(output), *inputs])
+    monkeypatch.setattr(evidence, "ProcessPoolExecutor", _InThisProcess)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forgetting.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    named = {row[0].removeprefix("| "): row for row in rows[1:]}
+    assert list(sorted(named)) == ["PEFT default", "kfac", "kfac + laplace of kfac"]
+    assert {row[1] for row in named.values()} == {"2"}
+    assert named["kfac"][5] == "–" and " ± " in named["kfac + laplace of kfac"][6]
+    records = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    penalised = [r for r in records if r["regularizer"] == "laplace"]
+    free = [r["curves"][0]["source_losses"] for r in records if r["regularizer"] == "none" and not r["baseline"]]
+    for record, losses in zip(penalised, free, strict=True):
+        ours = record["curves"][0]["source_losses"]
+        assert ours[0] == pytest.approx(losses[0], abs=1e-6) and abs(ours[1] - losses[1]) > 1e-4
+    shown = float(named["kfac"][4].split(" ± ")[0])
+    assert shown == pytest.approx(sum(last for _, last in free) / 2, abs=1e-4)
+
+
+def test_passages_are_whole_paragraphs_long_enough() -> None:
+    found = list(forgetting.passages(forgetting.topics()))
+    assert len(found) > 200 and len(set(found)) > 0.9 * len(found)
+    assert all(len(text) >= forgetting.PASSAGE for text in found)
+    assert list(forgetting.passages({"b": "x" * 900 + "\n\nrest", "a": "y" * 500 + "\n\n" + "z" * 500})) == [
+        "y" * 500 + "\n\n" + "z" * 500, "x" * 900,
+    ]  # fmt: skip

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "related-work.md").read_text()
 REGISTRY = Registry()
 KINDS = {"gradient": "gradient", "allocator": "allocator", "allocators": "allocator", "regularizer": "regularizer",
-         "preset": "preset", "trainer": "trainer"}  # fmt: skip
+         "preset": "preset", "trainer": "trainer", "objective": "objective"}  # fmt: skip
 
 
 def rows() -> list[list[str]]:

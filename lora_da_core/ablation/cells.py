@@ -15,16 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_da_core.ablation.fidelity import Reference, reference_name, reference_pipeline
-from lora_da_core.ablation.finetune import Curve, finetune, seeded
+from lora_da_core.ablation.finetune import seeded
 from lora_da_core.ablation.grid import Cell, Group, pipeline_of
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.ablation.results import DONE, FAILED, Record
 from lora_da_core.ablation.stacked import Member, finetune_together
+from lora_da_core.ablation.training import BY_ITSELF, Source, Training
 from lora_da_core.ablation.workspace import Workspace
 from lora_da_core.components import Components
 from lora_da_core.estimation import Estimates
 from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import LoraFactors, Offset
+from lora_da_core.types import LoraDAResult, LoraFactors, Offset
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,15 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Start:
+    """An initialisation and what its record says, for all cells that differ in their training alone."""
+
+    key: str
+    result: LoraDAResult
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Waiting:
     """A cell that is done but for its fine-tune, which it will have together with others."""
 
@@ -77,7 +87,7 @@ class Waiting:
 
 
 class GroupRun:
-    """Runs groups one after the other; it keeps the reference of the last data draw.
+    """Runs groups one after the other; it keeps the reference of the last data draw, and the last start.
 
     Args:
         workspace: The model and the data.
@@ -86,7 +96,9 @@ class GroupRun:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._reference: tuple[Any, Reference | None, str | None] = (None, None, None)
-        self._starts: dict[str, tuple[Mapping[str, LoraFactors], Mapping[str, LoraFactors]]] = {}
+        self._training = Training(workspace)
+        self._start: Start | None = None
+        self._untrained: dict[str, tuple[Mapping[str, LoraFactors], Mapping[str, LoraFactors]]] = {}
 
     def records(self, *groups: Group) -> Iterator[Record]:
         """The cells of groups, each finished before the next begins; a failure is a record like any other.
@@ -103,10 +115,10 @@ class GroupRun:
         waiting: list[Waiting] = []
         for group in groups:
             for cell, record in self._group_records(group):
-                if cell.id not in self._starts:
+                if cell.id not in self._untrained:
                     yield record
                     continue
-                waiting.append(Waiting(cell, group, record, *self._starts.pop(cell.id)))
+                waiting.append(Waiting(cell, group, record, *self._untrained.pop(cell.id)))
                 name = cell.baseline or f"{cell.preset} {cell.estimator}"
                 logger.info("%s (%s) took %.1f s, its fine-tune waits", name, cell.id, record["spent"])
                 if tune is not None and len(waiting) * len(tune.learning_rates) >= tune.together:
@@ -199,16 +211,35 @@ class GroupRun:
     def _solved(self, cell: Cell, shared: Shared) -> dict[str, Any]:
         from lora_da_core import adapter
 
-        space, lora = self.workspace, self.workspace.lora(cell.rank)
-        pipeline = pipeline_of(space.registry, cell)
+        if self._start is None or self._start.key != cell.start_key():
+            self._start = None
+            self._start = self._made_start(cell, shared)
+        result, space = self._start.result, self.workspace
+        found = {**copy.deepcopy(dict(self._start.record)), "reused": shared.reused}
+        if space.run.finetune is None:
+            return found
+        if self._waits(cell):
+            self._untrained[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
+            return found
+        fitted = adapter.allocated_config(space.lora(cell.rank), result.report.allocation)
+        source = self._training.source(cell)
+        # The base is every cell's, so what is to be taken out of it is taken out beside it.
+        offset: Offset = "none" if cell.config.offset == "none" else "frozen_adapter"
+        wrapped = adapter.apply(space.model, fitted, result.factors, offset=offset, frozen=cell.config.frozen)
+        try:
+            return self._finetuned(cell, found, wrapped, source)
+        finally:
+            wrapped.unload()
+
+    def _made_start(self, cell: Cell, shared: Shared) -> Start:
+        space, pipeline = self.workspace, pipeline_of(self.workspace.registry, cell)
         with PeakMemory(space.device) as memory:
-            result = pipeline.solve(shared.estimates, lora)
+            result = pipeline.solve(shared.estimates, space.lora(cell.rank))
         layers, phases = result.report.layers, dict(result.report.seconds)
         digests = "".join(layer.digest_A + layer.digest_B for layer in layers)
-        found = {
+        record = {
             "seconds": sum(phases.values()),
             "phases": phases,
-            "reused": shared.reused,
             "peak_bytes": max(shared.memory.peak, shared.memory.kept + memory.peak),
             "memory": {
                 "estimate": shared.memory.peak,
@@ -224,20 +255,8 @@ class GroupRun:
             "digest": hashlib.sha256(digests.encode()).hexdigest(),
             "notes": [*space.draw(cell.samples, cell.seed).notes, *result.report.notes],
         }
-        found |= self._fidelity(cell, {name: pair.A for name, pair in result.factors.items()}, shared.estimates)
-        if space.run.finetune is None:
-            return found
-        if space.run.finetune.together > 1:
-            self._starts[cell.id] = (result.factors, {} if cell.config.offset == "none" else result.factors)
-            return found
-        fitted = adapter.allocated_config(lora, result.report.allocation)
-        # The base is every cell's, so what is to be taken out of it is taken out beside it.
-        offset: Offset = "none" if cell.config.offset == "none" else "frozen_adapter"
-        wrapped = adapter.apply(space.model, fitted, result.factors, offset=offset, frozen=cell.config.frozen)
-        try:
-            return found | self._finetuned(cell, wrapped)
-        finally:
-            wrapped.unload()
+        record |= self._fidelity(cell, {name: pair.A for name, pair in result.factors.items()}, shared.estimates)
+        return Start(cell.start_key(), result, record)
 
     def _baseline(self, cell: Cell) -> dict[str, Any]:
         from lora_da_core import adapter
@@ -269,10 +288,21 @@ class GroupRun:
         found |= self._fidelity(cell, {name: pair.A for name, pair in factors.items()}, None)
         if space.run.finetune is None:
             return found
-        if space.run.finetune.together > 1:
-            self._starts[cell.id] = (factors, baselines.offset_of(wrapped, space.model, factors))
+        if self._waits(cell):
+            self._untrained[cell.id] = (factors, baselines.offset_of(wrapped, space.model, factors))
             return found
-        return found | self._finetuned(cell, wrapped)
+        return self._finetuned(cell, found, wrapped, self._training.source(cell))
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether the cell is fine-tuned together with others."""
+        tune = self.workspace.run.finetune
+        return tune is not None and tune.together > 1 and cell.plainly_trained
+
+    def _finetuned(self, cell: Cell, found: dict[str, Any], model: nn.Module, source: Source | None) -> dict[str, Any]:
+        tune = self.workspace.run.finetune
+        curves = [asdict(curve) for curve in self._training.curves(cell, model, source)]
+        note = [BY_ITSELF] if tune is not None and tune.together > 1 else []
+        return {**found, "curves": curves, "notes": [*found["notes"], *note]}
 
     def _fidelity(self, cell: Cell, factors: Mapping[str, Tensor], estimates: Estimates | None) -> dict[str, Any]:
         if self.workspace.run.reference == "none":
@@ -315,19 +345,6 @@ class GroupRun:
         if estimates is not None and _same_estimators(estimates, pipeline.components):
             return Reference(name, pipeline, estimates)
         return Reference(name, pipeline, pipeline.estimate(space.model, draw.batches, lora))
-
-    def _finetuned(self, cell: Cell, model: nn.Module) -> dict[str, Any]:
-        settings = self.workspace.run.finetune
-        assert settings is not None
-        data = self.workspace.training(cell.seed)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        start = [parameter.detach().clone() for parameter in trained]
-        curves: list[Curve] = []
-        for rate in settings.learning_rates:
-            for parameter, value in zip(trained, start, strict=True):
-                parameter.data.copy_(value)
-            curves.append(finetune(model, data, settings, rate))
-        return {"curves": [asdict(curve) for curve in curves]}
 
 
 def failed_record(cell: Cell, group: Group, error: Exception | str, spent: float = 0.0) -> Record:

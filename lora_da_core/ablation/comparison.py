@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, CONFIG_AXES
+from lora_da_core.ablation.axes import AUTOMATIC, CHOICES, COMPONENTS, CONFIG_AXES, NOTHING, TRAINING
 from lora_da_core.ablation.results import DONE, Record
 from lora_da_core.config import NO_ALLOCATOR
 from lora_da_core.display import number
@@ -51,13 +51,21 @@ class Configuration:
         values = [record[name] for record in self.by_seed.values() if record.get(name) is not None]
         return statistics.fmean(values) if values else math.nan
 
-    def losses(self, rate: float) -> dict[int, dict[int, float]]:
-        """Held-out losses by seed and step, at one learning rate; NaN where training diverged."""
+    def losses(self, rate: float, of: str = "losses") -> dict[int, dict[int, float]]:
+        """Losses by seed and step, at one learning rate; NaN where training diverged.
+
+        Args:
+            rate: The learning rate.
+            of: `losses` on the held-out rows, or `source_losses`.
+
+        Returns:
+            Of the seeds that have some.
+        """
         found: dict[int, dict[int, float]] = {}
         for seed, record in self.by_seed.items():
             for curve in record["curves"]:
-                if curve["learning_rate"] == rate:
-                    losses = [math.nan if loss is None else loss for loss in curve["losses"]]
+                if curve["learning_rate"] == rate and curve.get(of):
+                    losses = [math.nan if loss is None else loss for loss in curve[of]]
                     found[seed] = dict(zip(curve["steps"], losses, strict=True))
         return found
 
@@ -254,6 +262,8 @@ def counterpart(found: Sequence[Configuration], each: Configuration, baseline: s
         for other in found
         if baseline in (other.first["baseline"], other.first["estimator"]) and other.rank == each.rank
     ]
+    # Without a penalty or a plugin where there is one, the first in the order of the records otherwise.
+    alike.sort(key=lambda other: sum(_part(other.first, kind) != NOTHING for kind in TRAINING))
     if each in alike:
         return alike[0]
     # An estimator as baseline: the cell with the most settings in common.
@@ -266,7 +276,7 @@ def _common(one: Mapping[str, Any], two: Mapping[str, Any]) -> int:
 
 def _settings() -> tuple[str, ...]:
     """What tells configurations apart; records of an earlier version may lack some."""
-    parts = tuple(name for kind in COMPONENTS for name in (kind, f"{kind}_options"))
+    parts = tuple(name for kind in CHOICES for name in (kind, f"{kind}_options"))
     return ("baseline", *parts, "rank", "samples", *CONFIG_AXES)
 
 
@@ -281,8 +291,8 @@ class _Wording:
         ours = [record for record in records if record["baseline"] is None]
         self.ranks = len({record["rank"] for record in records}) > 1
         self.presets = len({record.get("preset") for record in ours}) > 1
-        self.varied = _varied(ours)
-        self.by = next((kind for kind in COMPONENTS if len({self._component(r, kind) for r in ours}) > 1), "estimator")
+        self.varied = _varied(records)
+        self.by = next((kind for kind in CHOICES if len({self._component(r, kind) for r in ours}) > 1), "estimator")
 
     def label(self, record: Record) -> str:
         """The name, and the rank where there are several."""
@@ -291,20 +301,28 @@ class _Wording:
     def name(self, record: Record) -> str:
         """What tells the configuration from others of its rank."""
         if record["baseline"] is not None:
-            return f"PEFT {record['baseline']}"
+            return " ".join([f"PEFT {record['baseline']}", *self._training(record)])
         preset = record.get("preset")
         parts = [str(preset)] if self.presets else []
         named = [self._component(record, kind) for kind in COMPONENTS if kind == "estimator" or self._touches(kind)]
         parts += [component for component in named if component != NO_ALLOCATOR]
         for setting in _settings():
             value = record.get(setting)
-            if setting in self.varied and setting.removesuffix("_options") not in COMPONENTS and setting != "rank":
+            if setting in self.varied and setting.removesuffix("_options") not in CHOICES and setting != "rank":
                 if value is None:
                     continue
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 shown = number(value, digits=6) if is_number else str(value)
                 parts.append(f"{_SYMBOLS.get(setting, setting)}={shown}")
-        return " ".join(parts)
+        return " ".join([*parts, *self._training(record)])
+
+    def _training(self, record: Record) -> list[str]:
+        """What the fine-tune was changed by; nothing where it was AdamW's alone."""
+        found = []
+        for kind, word in (("regularizer", "+"), ("source_fisher", "of"), ("trainer", "+")):
+            if _part(record, kind) != NOTHING:
+                found += [word, self._component(record, kind)]
+        return found
 
     def kind(self, record: Record) -> str:
         """Estimator, solver or gradient: the first of them that varies; a baseline is a kind of its own."""
@@ -320,8 +338,9 @@ class _Wording:
 
 
 def _part(record: Record, kind: str) -> str:
-    """A component's name; records of before there were allocators have none."""
-    return str(record[kind] if kind in record else AUTOMATIC[kind])
+    """A component's name; records of before there was its kind have none."""
+    value = record.get(kind)
+    return str(AUTOMATIC.get(kind) if value is None else value)
 
 
 def _varied(records: Sequence[Record]) -> set[str]:
@@ -333,8 +352,8 @@ def _varied(records: Sequence[Record]) -> set[str]:
 
     for record in records:
         for name in _settings():
-            note(record, name, _part(record, name) if name in COMPONENTS else record.get(name))
-        for kind in COMPONENTS:
+            note(record, name, _part(record, name) if name in CHOICES else record.get(name))
+        for kind in CHOICES:
             for key, value in (record.get(f"{kind}_options") or {}).items():
                 note(record, f"{kind} {_part(record, kind)} {key}", value)
     return {name for (_, name), values in seen.items() if len(values) > 1}

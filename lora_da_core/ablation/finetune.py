@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
 from lora_da_core.data import IGNORED, Sample, batches
 from lora_da_core.types import Batch
+
+if TYPE_CHECKING:
+    from lora_da_core.regularization import Penalty
+
+ValueT = TypeVar("ValueT")
 
 WARM_UP: Final = 0.03
 """Share of the steps in which the rate rises."""
@@ -31,6 +36,7 @@ class Curve:
         losses: Held-out loss there, in nats per label token; NaN once training has diverged.
         train_losses: Training loss of the step that follows (at the last: of the last step).
         seconds: Wall time, evaluation included.
+        source_losses: Loss on the source's held-out rows at `steps`; empty where the grid names no source.
     """
 
     learning_rate: float
@@ -38,16 +44,18 @@ class Curve:
     losses: tuple[float, ...]
     train_losses: tuple[float, ...]
     seconds: float
+    source_losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a fine-tune reads: encoded training samples in the seed's order, and held-out batches."""
+    """What a fine-tune reads: encoded training samples in the seed's order, held-out batches, and the source's."""
 
     samples: Sequence[Sample]
     held_out: Sequence[Batch]
     pad_token_id: int
     seed: int
+    source: Sequence[Batch] = ()
 
     def draws(self, steps: int, batch_size: int) -> Iterator[list[Sample]]:
         """The samples of each step: in their order, reshuffled by the seed for every further round.
@@ -95,7 +103,63 @@ def rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def finetune(model: nn.Module, data: TrainingData, settings: FinetuneSettings, learning_rate: float) -> Curve:
+class Recorder(Generic[ValueT]):
+    """The losses of a fine-tune, taken at the steps where they are wanted.
+
+    Attributes:
+        held_out: Losses on the held-out rows, by evaluation.
+        source: Losses on the source's, likewise; empty without a source.
+        trained: Training losses that belong to these evaluations.
+    """
+
+    def __init__(
+        self, settings: FinetuneSettings, data: TrainingData, loss_of: Callable[[Sequence[Batch]], ValueT]
+    ) -> None:
+        """Keeps what it is given; nothing is evaluated yet.
+
+        Args:
+            settings: Steps and evaluations.
+            data: Held-out rows, and the source's.
+            loss_of: The loss on some batches as the model is now.
+        """
+        self._settings, self._data, self._loss_of = settings, data, loss_of
+        self.held_out: list[ValueT] = []
+        self.source: list[ValueT] = []
+        self.trained: list[ValueT] = []
+
+    def begin(self) -> None:
+        """To be called before the first step."""
+        self._evaluate(0)
+
+    def step(self, number: int, loss: ValueT) -> None:
+        """To be called after each step.
+
+        Args:
+            number: The step, from 0.
+            loss: Its training loss.
+        """
+        wanted, last = self._settings.eval_steps, self._settings.steps
+        if number in wanted:
+            self.trained.append(loss)
+        if number + 1 == last and last in wanted:
+            self.trained.append(loss)
+        self._evaluate(number + 1)
+
+    def _evaluate(self, steps: int) -> None:
+        if steps not in self._settings.eval_steps:
+            return
+        self.held_out.append(self._loss_of(self._data.held_out))
+        if self._data.source:
+            self.source.append(self._loss_of(self._data.source))
+
+
+def finetune(
+    model: nn.Module,
+    data: TrainingData,
+    settings: FinetuneSettings,
+    learning_rate: float,
+    penalty: Penalty | None = None,
+) -> Curve:
     """Trains what is trainable; the caller puts the adapter back.
 
     Args:
@@ -103,6 +167,7 @@ def finetune(model: nn.Module, data: TrainingData, settings: FinetuneSettings, l
         data: What it reads.
         settings: Steps, batch size and evaluations.
         learning_rate: The peak rate.
+        penalty: Its gradient is added to that of the loss, after clipping.
 
     Returns:
         The held-out losses.
@@ -111,22 +176,31 @@ def finetune(model: nn.Module, data: TrainingData, settings: FinetuneSettings, l
     device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
-    wanted, losses, train_losses, loss = set(settings.eval_steps), [], [], math.nan
-    if 0 in wanted:
-        losses.append(held_out_loss(model, data.held_out))
+    recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows))
+    recorder.begin()
     with seeded(data.seed, device):
         for step, batch in enumerate(data.batches(settings.steps, settings.batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * rate_factor(step, settings.steps)
-            loss = _step(model, to_device(batch, device), optimizer, settings.max_grad_norm)
-            if step in wanted:
-                train_losses.append(loss)
-            if step + 1 in wanted:
-                losses.append(held_out_loss(model, data.held_out))
-    if settings.steps in wanted:
-        train_losses.append(loss)
+            recorder.step(step, _step(model, to_device(batch, device), optimizer, settings.max_grad_norm, penalty))
     model.eval()
-    return Curve(learning_rate, settings.eval_steps, tuple(losses), tuple(train_losses), time.perf_counter() - start)
+    return curve_of(recorder, settings, learning_rate, time.perf_counter() - start)
+
+
+def curve_of(recorder: Recorder[float], settings: FinetuneSettings, learning_rate: float, seconds: float) -> Curve:
+    """What a recorder holds when its fine-tune is done.
+
+    Args:
+        recorder: Of one adapter.
+        settings: Steps and evaluations.
+        learning_rate: The peak rate.
+        seconds: Wall time.
+
+    Returns:
+        The curve.
+    """
+    held_out, trained, source = (tuple(values) for values in (recorder.held_out, recorder.trained, recorder.source))
+    return Curve(learning_rate, settings.eval_steps, held_out, trained, seconds, source)
 
 
 def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
@@ -155,12 +229,20 @@ def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
     return total / count
 
 
-def _step(model: nn.Module, batch: dict[str, Any], optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+def _step(
+    model: nn.Module,
+    batch: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    penalty: Penalty | None,
+) -> float:
     model.train()
     loss: Tensor = model(**batch).loss
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    if penalty is not None:
+        penalty.add_gradients()
     optimizer.step()
     return float(loss.detach())
 

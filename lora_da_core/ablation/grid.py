@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from lora_da_core.ablation.settings import FinetuneSettings, RunSettings, whole
+from lora_da_core.ablation.axes import (
+    ABSENT,
+    AUTOMATIC,
+    AXES,
+    BASELINES,
+    CHOICES,
+    COMPONENTS,
+    CONFIG_AXES,
+    NEEDED_MODULES,
+    NOTHING,
+    TRAINING,
+    Choice,
+    kind_of,
+)
+from lora_da_core.ablation.run_table import hint, known, run_settings
+from lora_da_core.ablation.settings import RunSettings, whole
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, LoraDAConfig, Preset
 from lora_da_core.errors import OptionError
@@ -21,31 +35,6 @@ from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
 from lora_da_core.sources import read_settings_file
 
-Choice = tuple[str, dict[str, Any]]
-"""A component's name and all its options, the default ones included."""
-
-BASELINES: Final = ("default", "eva", "lora_ga", "pissa", "olora", "corda")
-"""PEFT's own initialisations that a grid may name."""
-
-NEEDED_MODULES: Final = {"corda": ("attr", "attrs")}
-"""What PEFT imports for a baseline without requiring it: the module and the package that has it."""
-
-COMPONENTS: Final = ("estimator", "gradient", "solver", "allocator")
-AUTOMATIC: Final = {"solver": "auto", "allocator": NO_ALLOCATOR}
-"""What a kind takes in the place of a component; no plugin answers to it, and it has no options."""
-_NO_AXES: Final = ("seed", "samples", "distributed", "process_timeout")
-CONFIG_AXES: Final = tuple(entry.name for entry in fields(LoraDAConfig) if entry.name not in _NO_AXES)
-AXES: Final = (*COMPONENTS, "preset", "baseline", "rank", "samples", *CONFIG_AXES)
-"""Everything a grid may list."""
-
-_ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
-    "allocator": (None, NO_ALLOCATOR),
-    "allocator_options": (None, {}),
-    "pairing": (None, "same"),
-    "offset": (None, "none"),
-    "frozen": (None, "none"),
-}
-"""Values of settings that came later and are no part of an identity: cells keep the names they had before."""
 MOST_CELLS: Final = 100_000
 """Cells of the largest grid."""
 
@@ -67,6 +56,9 @@ class Cell:
         gradient: Gradient estimator; None for a baseline.
         solver: Solver, `("auto", {})` chooses per layer; None for a baseline.
         allocator: Rank allocator, `("none", {})` keeps `rank` everywhere; None for a baseline.
+        regularizer: Penalty of the fine-tune, `("none", {})` for none.
+        source_fisher: Fisher estimator that the penalty is given, on the source's data; `("none", {})` without one.
+        trainer: Trainer plugin of the fine-tune, `("none", {})` for AdamW.
         baseline: One of `BASELINES`, or None.
         preset: What filled the rest; it is not part of the identity.
         id: Hash of everything the result depends on.
@@ -80,6 +72,9 @@ class Cell:
     gradient: Choice | None = None
     solver: Choice | None = None
     allocator: Choice | None = None
+    regularizer: Choice = (NOTHING, {})
+    source_fisher: Choice = (NOTHING, {})
+    trainer: Choice = (NOTHING, {})
     baseline: str | None = None
     preset: str = DEFAULT_PRESET
     id: str = field(default="", compare=False)
@@ -90,7 +85,7 @@ class Cell:
         if self.baseline is not None:
             config = dict.fromkeys(config)
         parts: dict[str, Any] = {}
-        for kind in COMPONENTS:
+        for kind in CHOICES:
             choice: Choice | None = getattr(self, kind)
             parts[kind] = None if choice is None else choice[0]
             parts[f"{kind}_options"] = None if choice is None else choice[1]
@@ -102,6 +97,16 @@ class Cell:
             "seed": self.seed,
             **config,
         }
+
+    @property
+    def plainly_trained(self) -> bool:
+        """Whether the fine-tune is AdamW's alone, without penalty and plugin."""
+        return all(getattr(self, name)[0] == NOTHING for name in TRAINING)
+
+    def start_key(self) -> str:
+        """Cells with equal keys start from the same factors: they differ in their training alone."""
+        trained = {name for kind in TRAINING for name in (kind, f"{kind}_options")}
+        return _canonical({name: value for name, value in self.settings().items() if name not in trained})
 
     def group_key(self) -> str:
         """Cells with equal keys share their statistics."""
@@ -140,11 +145,22 @@ class Grid:
         for cell in self.cells:
             if cell.id not in done:
                 found.setdefault(cell.group_key(), []).append(cell)
-        # Cells of one Ω follow each other, so that its reference is made once.
         return tuple(
-            Group(key, tuple(sorted(cells, key=lambda cell: (omega_key(cell.config), cell.rank))))
-            for key, cells in sorted(found.items(), key=lambda item: _data_key(item[1][0]))
+            Group(key, _in_order(cells)) for key, cells in sorted(found.items(), key=lambda item: _data_key(item[1][0]))
         )
+
+
+def _in_order(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """Cells of one Ω, of one start and of one Fisher of the source follow each other, so that each is made once."""
+
+    def keys(cell: Cell) -> tuple[str, int, str, str]:
+        return omega_key(cell.config), cell.rank, cell.start_key(), _canonical(cell.source_fisher)
+
+    first: dict[str, int] = {}
+    for cell in cells:
+        for key in keys(cell)[2:]:
+            first.setdefault(key, len(first))
+    return tuple(sorted(cells, key=lambda cell: (*keys(cell)[:2], *(first[key] for key in keys(cell)[2:]))))
 
 
 def omega_key(config: LoraDAConfig) -> str:
@@ -193,12 +209,12 @@ def make_grid(content: Mapping[str, Any], *, registry: Registry | None = None, w
     Raises:
         OptionError: As `read_grid`.
     """
-    _known(where, content, ("run", "grid"))
+    known(where, content, ("run", "grid"))
     tables = content.get("grid")
     tables = [tables] if isinstance(tables, Mapping) else tables
     if not isinstance(content.get("run"), Mapping) or not isinstance(tables, list) or not tables:
         raise OptionError(f"{where}: a grid needs a [run] and a [grid] table (or several [[grid]]).")
-    run = _run_settings(f"{where} [run]", content["run"])
+    run = run_settings(f"{where} [run]", content["run"])
     plugins = registry or Registry()
     _check_reference(f"{where} [run]", plugins, run.reference)
     cells: dict[str, Cell] = {}
@@ -237,7 +253,7 @@ class _Expansion:
         self.where, self.run, self.registry = where, run, registry
         if not isinstance(table, Mapping):
             raise OptionError(f"{where} is {table!r}; it must be a table of lists.")
-        _known(where, table, AXES)
+        known(where, table, AXES)
         self.axes = {name: _listed(where, name, values) for name, values in table.items()}
         self._choices: dict[str, Choice] = {}
         self._checked: set[str] = set()
@@ -248,21 +264,58 @@ class _Expansion:
             self._try(lambda rank=rank: whole("rank", rank, 1))
         for name in baselines:
             if name not in BASELINES:
-                raise OptionError(f"{self.where}: unknown baseline {name!r}.{_hint(str(name), BASELINES)}")
+                raise OptionError(f"{self.where}: unknown baseline {name!r}.{hint(str(name), BASELINES)}")
             module, package = NEEDED_MODULES.get(name, ("", ""))
             if module and importlib.util.find_spec(module) is None:
                 raise OptionError(f"{self.where}: PEFT's {name!r} needs the package {package}: pip install {package}.")
-        if not (baselines and set(self.axes) <= {"baseline", "rank"}):
-            yield from self._lora_da(ranks)
+        trainings = self._trainings()
+        if not (baselines and set(self.axes) <= {"baseline", "rank", *TRAINING}):
+            for cell, training in itertools.product(self._lora_da(ranks), trainings):
+                yield replace(cell, **training)
         standard = self.registry.resolve("preset", DEFAULT_PRESET).config
-        for name, rank, seed in itertools.product(baselines, ranks, self.run.seeds):
-            yield Cell(rank, seed, self.run.samples, replace(standard, seed=seed), baseline=name)
+        for name, training, rank, seed in itertools.product(baselines, trainings, ranks, self.run.seeds):
+            yield Cell(rank, seed, self.run.samples, replace(standard, seed=seed), baseline=name, **training)
+
+    def _trainings(self) -> list[dict[str, Any]]:
+        """What the fine-tunes are changed by: the product of the axes, a Fisher only where there is a penalty."""
+        usual = {name: [AUTOMATIC[name]] for name in TRAINING}
+        usual["source_fisher"] = [self.registry.resolve("preset", DEFAULT_PRESET).estimator]
+        listed = [self.axes.get(name, usual[name]) for name in TRAINING]
+        found: list[dict[str, Any]] = []
+        for values in itertools.product(*listed):
+            chosen = {name: self._choice(name, value) for name, value in zip(TRAINING, values, strict=True)}
+            if chosen["regularizer"][0] == NOTHING:
+                chosen["source_fisher"] = (NOTHING, {})
+            self._check_training(chosen)
+            if chosen not in found:
+                found.append(chosen)
+        return found
+
+    def _check_training(self, chosen: Mapping[str, Choice]) -> None:
+        regularizer, fisher, trainer = (chosen[name][0] for name in TRAINING)
+        if self.run.finetune is None and (regularizer, trainer) != (NOTHING, NOTHING):
+            raise OptionError(f"{self.where}: a regularizer or trainer takes a fine-tune; give [run.finetune].")
+        if regularizer == NOTHING:
+            return
+        if self.run.source is None:
+            raise OptionError(
+                f"{self.where}: regularizer {regularizer!r} takes the data that is not to be forgotten; "
+                "give [run.source]."
+            )
+        if fisher == NOTHING:
+            raise OptionError(f"{self.where}: regularizer {regularizer!r} takes a Fisher; source_fisher is 'none'.")
+        if trainer != NOTHING and self.registry.create("trainer", chosen["trainer"]).changes_base:
+            raise OptionError(
+                f"{self.where}: trainer {trainer!r} changes the base's weights, from which regularizer "
+                f"{regularizer!r} counts changes; list them in [[grid]] tables of their own."
+            )
 
     def _lora_da(self, ranks: Sequence[Any]) -> Iterator[Cell]:
-        axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline")}
+        axes = {name: values for name, values in self.axes.items() if name not in ("rank", "baseline", *TRAINING)}
         if "gamma" in axes and all(rule in _WITHOUT_GAMMA for rule in axes.setdefault("scale", ["fixed"])):
             raise OptionError(f"{self.where}: gamma is listed, but scale is never 'fixed', 'stable' or 'product'.")
-        cells = math.prod(map(len, axes.values())) * len(self.run.seeds) * len(ranks)
+        each = len(self.run.seeds) * len(ranks) * len(self._trainings())
+        cells = math.prod(map(len, axes.values())) * each
         if cells > MOST_CELLS:
             raise OptionError(f"{self.where}: these lists make {cells} cells, more than {MOST_CELLS}; divide the grid.")
         for values in itertools.product(*axes.values()):
@@ -306,7 +359,7 @@ class _Expansion:
             if options:
                 raise OptionError(f"{kind} {name!r} takes no options.")
             return name, {}
-        return name, asdict(self.registry.create(kind, (name, options)).options)
+        return name, asdict(self.registry.create(kind_of(kind), (name, options)).options)
 
     def _try(self, work: Any) -> Any:
         try:
@@ -321,43 +374,13 @@ def _scaling(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(run: RunSettings, cell: Cell) -> str:
-    settings = {name: value for name, value in cell.settings().items() if value not in _ABSENT.get(name, ())}
+    settings = {name: value for name, value in cell.settings().items() if value not in ABSENT.get(name, ())}
     content = _canonical([run.identity(), settings])
     return hashlib.sha256(content.encode()).hexdigest()[:_ID_LENGTH]
 
 
 def _data_key(cell: Cell) -> tuple[int, int, str, bool]:
     return cell.samples, cell.seed, cell.config.token_mask, cell.baseline is not None
-
-
-def _run_settings(where: str, table: Mapping[str, Any]) -> RunSettings:
-    values = dict(table)
-    tune = values.get("finetune")
-    if tune is not None:
-        if not isinstance(tune, Mapping):
-            raise OptionError(f"{where} finetune is {tune!r}; write a [run.finetune] table.")
-        values["finetune"] = _made(f"{where[:-1]}.finetune]", FinetuneSettings, tune)
-    made = _made(where, RunSettings, values)
-    assert isinstance(made, RunSettings)
-    return made
-
-
-def _made(where: str, cls: type[Any], table: Mapping[str, Any]) -> Any:
-    _known(where, table, tuple(entry.name for entry in fields(cls)))
-    missing = [
-        entry.name
-        for entry in fields(cls)
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in table
-    ]
-    if missing:
-        raise OptionError(f"{where}: {', '.join(missing)} must be given.")
-    for name in ("seeds", "learning_rates", "eval_steps"):
-        if name in table and not isinstance(table[name], (list, tuple)):
-            raise OptionError(f"{where}: {name} is {table[name]!r}; write a list.")
-    try:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
-    except OptionError as error:
-        raise OptionError(f"{where}: {error}") from error
 
 
 def _check_reference(where: str, registry: Registry, name: str) -> None:
@@ -374,18 +397,6 @@ def _listed(where: str, name: str, values: Any) -> list[Any]:
     if not values:
         raise OptionError(f"{where}: {name} is an empty list; give at least one value, or leave it out.")
     return list(values)
-
-
-def _known(where: str, table: Mapping[str, Any], names: Sequence[str]) -> None:
-    for key in table:
-        if key not in names:
-            raise OptionError(f"{where}: unknown key {key!r}.{_hint(key, names)}")
-
-
-def _hint(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=2)
-    meant = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-    return f"{meant} Known: {', '.join(names)}."
 
 
 def _canonical(value: Any) -> str:

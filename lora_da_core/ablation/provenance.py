@@ -8,9 +8,11 @@ from dataclasses import asdict, fields
 from pathlib import PurePath
 from typing import Any, Final
 
-from lora_da_core.ablation.grid import AUTOMATIC, COMPONENTS, make_grid
+from lora_da_core.ablation.axes import AUTOMATIC, CHOICES, TRAINING
+from lora_da_core.ablation.grid import make_grid
 from lora_da_core.ablation.results import FAILED, Record
-from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
+from lora_da_core.ablation.run_table import INNER
+from lora_da_core.ablation.settings import FinetuneSettings, RunSettings, SourceSettings
 from lora_da_core.display import number
 
 _FINGERPRINT: Final = 12
@@ -81,6 +83,8 @@ def facts(
     found = [("Model", _model(entry, run)), ("Data", _data(entry, run)), ("Adapter", _adapter(records, run))]
     if run.finetune is not None:
         found.append(("Fine-tune", _finetune(run.finetune)))
+    if run.source is not None:
+        found.append(("Not to be forgotten", _source(run.source)))
     found += [("Seeds", ", ".join(map(str, seeds)) or "none"), ("Cells", cells)]
     found.append(("Time", f"{number(sum(record['spent'] for record in records), digits=3)} s for all cells together"))
     if entry:
@@ -121,6 +125,13 @@ def _finetune(tune: FinetuneSettings) -> str:
     )
 
 
+def _source(source: SourceSettings) -> str:
+    return (
+        f"{_short(source.data)}, split {source.split}: a regularizer's Fisher is of {source.samples} rows, the loss is "
+        f"taken on {source.held_out} others"
+    )
+
+
 def _versions(entries: Sequence[Entry]) -> str:
     text = ", ".join(f"{name} {value}" for name, value in entries[0]["versions"].items())
     if any(entry["versions"] != entries[0]["versions"] for entry in entries):
@@ -143,14 +154,11 @@ def grid_of(entry: Entry) -> str:
         TOML. What is at its default is left out, so it is for the version that made the cells.
     """
     run = dict(entry["run"])
-    tune = run.pop("finetune", None)
-    lines = ["[run]", *_settings(run, {each.name: each.default for each in fields(RunSettings)})]
-    if tune is not None:
-        lines += [
-            "",
-            "[run.finetune]",
-            *_settings(tune, {each.name: each.default for each in fields(FinetuneSettings)}),
-        ]
+    inner = {name: run.pop(name, None) for name in INNER}
+    lines = ["[run]", *_settings(run, _defaults(RunSettings))]
+    for name, values in inner.items():
+        if values is not None:
+            lines += ["", f"[run.{name}]", *_settings(values, _defaults(INNER[name]))]
     standard = make_grid(
         {"run": {"model": run["model"], "data": run["data"], "samples": run["samples"]}, "grid": {"rank": [8]}}
     )
@@ -167,15 +175,19 @@ def grid_of(entry: Entry) -> str:
 
 
 def _axes(cell: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    if cell["baseline"] is not None:
-        return {"baseline": cell["baseline"]}
     found: dict[str, Any] = {}
-    for kind in COMPONENTS:
+    for kind in CHOICES if cell["baseline"] is None else TRAINING:
         choice = (cell.get(kind, AUTOMATIC.get(kind)), cell.get(f"{kind}_options", {}))
         if choice != (usual[kind], usual[f"{kind}_options"]):
             found[kind] = {"name": choice[0], **choice[1]} if choice[1] else choice[0]
-    parts = {"cell", "baseline", "rank", "seed", *COMPONENTS, *(f"{kind}_options" for kind in COMPONENTS)}
+    if cell["baseline"] is not None:
+        return {"baseline": cell["baseline"], **found}
+    parts = {"cell", "baseline", "rank", "seed", *CHOICES, *(f"{kind}_options" for kind in CHOICES)}
     return found | {name: value for name, value in cell.items() if name not in parts and value != usual.get(name)}
+
+
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    return {each.name: each.default for each in fields(cls)}
 
 
 def _settings(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
@@ -197,7 +209,8 @@ def _toml(value: Any) -> str:
 
 
 def _comparable(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run.items() if name not in _SHARED}
+    # What is not set is left out: earlier versions did not know all names.
+    return {name: value for name, value in run.items() if name not in _SHARED and value is not None}
 
 
 def _short(source: str) -> str:

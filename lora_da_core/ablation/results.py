@@ -179,10 +179,10 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def _same_content(directory: Path, past: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for kind in ("model", "data"):
-        old, new = past.get(kind, {}), now[kind]
+    for kind in ("model", "data", "source"):
+        old, new = past.get(kind, {}), now.get(kind, {})
         same_source = all(old.get(key) == new.get(key) for key in ("source", "split", "dtype"))
-        if same_source and old.get("fingerprint") != new["fingerprint"]:
+        if same_source and old.get("fingerprint") != new.get("fingerprint"):
             raise StorageError(
                 f"{kind} {new['source']!r} has changed since {directory} was begun (its fingerprint differs), so the "
                 "cells would not be comparable. Give another --output."

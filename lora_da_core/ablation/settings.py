@@ -57,6 +57,33 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """What the model can do already and is not to forget: a data set beside the one that is trained on.
+
+    Attributes:
+        data: Data file, directory or hub id.
+        split: Split of the data set.
+        prompt_template: How a row is written.
+        samples: Rows that a regularizer's Fisher is estimated from, drawn anew for every seed.
+        held_out: Rows that the source's loss is taken on at the evaluated steps, the same ones for every seed.
+    """
+
+    data: str
+    split: str = "train"
+    prompt_template: str | None = None
+    samples: int = 64
+    held_out: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("data", "split"):
+            text(name, getattr(self, name))
+        if self.prompt_template is not None:
+            text("prompt_template", self.prompt_template)
+        for name in ("samples", "held_out"):
+            whole(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """What all cells of a grid have in common; the names mean what they mean to `lora-da init`.
 
@@ -80,6 +107,7 @@ class RunSettings:
         compare_to: What the report compares everything to: a baseline, or an estimator; None takes the first baseline.
         trust_remote_code: Whether code that comes with the model may run.
         finetune: A fine-tune after each initialisation, or None.
+        source: Data that fine-tunes are not to forget, or None.
     """
 
     model: str
@@ -100,6 +128,7 @@ class RunSettings:
     compare_to: str | None = None
     trust_remote_code: bool = False
     finetune: FinetuneSettings | None = None
+    source: SourceSettings | None = None
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "split", "device", "dtype", "reference"):
@@ -123,6 +152,8 @@ class RunSettings:
                 text(name, part)
         if number("lora_alpha", self.lora_alpha) == 0:
             raise OptionError("lora_alpha is 0; it must be above 0.")
+        if self.source is not None and self.finetune is None:
+            raise OptionError("[run.source] says what a fine-tune may forget; give [run.finetune] too.")
 
     def identity(self) -> dict[str, Any]:
         """What a cell's result depends on; the rest only says which cells there are and how they are shown."""
@@ -130,6 +161,8 @@ class RunSettings:
         if self.finetune is not None:
             # How it is computed, not what.
             del found["finetune"]["together"], found["finetune"]["tokens_at_once"]
+        if self.source is None:
+            del found["source"]  # cells keep the names they had before there was a source
         return found
 
 

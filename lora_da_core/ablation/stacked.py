@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.ablation.finetune import Curve, TrainingData, rate_factor, seeded
+from lora_da_core.ablation.finetune import Curve, Recorder, TrainingData, rate_factor, seeded
 from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
 from lora_da_core.data import IGNORED, Sample, count_labels, padded
@@ -90,37 +90,35 @@ def finetune_together(
         OptionError: The members' held-out batches differ, or a layer is not one whose input is multiplied by a matrix.
     """
     check_stackable(specs)
-    if any(member.data.held_out is not members[0].data.held_out for member in members):
+    shared = members[0].data
+    if any(each.data.held_out is not shared.held_out or each.data.source is not shared.source for each in members):
         raise OptionError("adapters that are trained together must share their held-out batches.")
     start = time.perf_counter()
     stack = _Stack(model, modules, specs, members, settings)
-    wanted, losses, train_losses = set(settings.eval_steps), [], []
     draws = zip(*(member.data.draws(settings.steps, settings.batch_size) for member in members), strict=True)
-    loss = torch.full((len(members),), math.nan)
+    recorder = Recorder(settings, shared, stack.losses)
     training = model.training
     try:
         with seeded(members[0].data.seed, stack.device), stack.attached():
-            if 0 in wanted:
-                losses.append(stack.held_out_losses())
+            recorder.begin()
             for step, samples in enumerate(draws):
                 model.train()
-                loss = stack.step(samples, rate_factor(step, settings.steps))
-                if step in wanted:
-                    train_losses.append(loss)
-                if step + 1 in wanted:
-                    losses.append(stack.held_out_losses())
+                recorder.step(step, stack.step(samples, rate_factor(step, settings.steps)))
     finally:
         model.train(training)
-    if settings.steps in wanted:
-        train_losses.append(loss)
     seconds = (time.perf_counter() - start) / len(members)
+
+    def of_member(place: int, losses: Sequence[Tensor]) -> tuple[float, ...]:
+        return tuple(float(values[place]) for values in losses)
+
     return [
         Curve(
             member.learning_rate,
             settings.eval_steps,
-            tuple(float(values[place]) for values in losses),
-            tuple(float(values[place]) for values in train_losses),
+            of_member(place, recorder.held_out),
+            of_member(place, recorder.trained),
             seconds,
+            of_member(place, recorder.source),
         )
         for place, member in enumerate(members)
     ]
@@ -240,13 +238,13 @@ class _Stack:
                 value.copy_(start)
         return losses
 
-    def held_out_losses(self) -> Tensor:
-        """Mean loss over all held-out label tokens, (members,), in nats."""
+    def losses(self, batches: Sequence[Batch]) -> Tensor:
+        """Mean loss over all label tokens of some batches, (members,), in nats."""
         self.model.eval()
         total = torch.zeros(len(self.members), dtype=torch.float64, device=self.device)
         labels = 0
         with torch.no_grad():
-            for batch in self.members[0].data.held_out:
+            for batch in batches:
                 placed = to_device(batch, self.device)
                 rows, tokens = batch["labels"].shape
                 # A pass without gradients keeps no activations and can be larger.

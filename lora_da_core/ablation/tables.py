@@ -85,7 +85,7 @@ def at_best_table(entries: Sequence[AtBest], measured: str, base: str | None) ->
     columns += [
         (
             Column(str(step), f"{measured} at step"),
-            lambda entry, step=step: Cell(_with_half(entry.losses.get(step))),  # type: ignore[misc]
+            lambda entry, step=step: Cell(with_half(entry.losses.get(step))),  # type: ignore[misc]
         )
         for step in steps
     ]
@@ -93,7 +93,7 @@ def at_best_table(entries: Sequence[AtBest], measured: str, base: str | None) ->
         columns += [
             (
                 Column(str(step), f"difference to {base} at step"),
-                lambda entry, step=step: _gap(entry.differences.get(step), _nats),  # type: ignore[misc]
+                lambda entry, step=step: gap_cell(entry.differences.get(step), nats),  # type: ignore[misc]
             )
             for step in steps
         ]
@@ -168,13 +168,13 @@ def _difference_row(label: str, of: Mapping[str, Difference], measures: Sequence
         if measure not in of:
             row += [Cell(_NONE), Cell(_NONE)]
             continue
-        write = _nats if measure.startswith(comparison.LOSS) else _three_digits
-        gap, count = _gap(of[measure].interval, write), of[measure].interval.count
+        write = nats if measure.startswith(comparison.LOSS) else _three_digits
+        gap, count = gap_cell(of[measure].interval, write), of[measure].interval.count
         row += [Cell(write(of[measure].mean)), gap if count == most else Cell(f"{gap.text} ({count} seeds)", gap.tone)]
     return tuple(row)
 
 
-def _gap(found: Interval | None, write: Callable[[float], str]) -> Cell:
+def gap_cell(found: Interval | None, write: Callable[[float], str]) -> Cell:
     """A difference with its interval, marked where that excludes zero in the digits that are shown."""
     if found is None:
         return Cell(_NONE)
@@ -204,7 +204,7 @@ def _seeds(entry: AtBest) -> str:
 
 
 def _worst(entry: AtBest) -> str:
-    return "diverged" if math.isinf(entry.worst.mean) else _with_half(entry.worst)
+    return "diverged" if math.isinf(entry.worst.mean) else with_half(entry.worst)
 
 
 def _steps(value: float) -> str:
@@ -215,13 +215,15 @@ def _share(value: float) -> str:
     return f"{100 * value:.0f} %" if math.isfinite(value) else _steps(value)
 
 
-def _with_half(found: Interval | None) -> str:
+def with_half(found: Interval | None) -> str:
+    """A mean loss with half its interval."""
     if found is None or math.isnan(found.mean):
         return _NONE
-    return _nats(found.mean) + (f" ± {_nats(found.half)}" if found.count > 1 else "")
+    return nats(found.mean) + (f" ± {nats(found.half)}" if found.count > 1 else "")
 
 
-def _nats(value: float) -> str:
+def nats(value: float) -> str:
+    """A loss."""
     return f"{value:.4f}"
 
 

@@ -16,7 +16,7 @@ from lora_da_core.ablation.results import data_fingerprint, versions
 from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.ablation.stacked import check_stackable
 from lora_da_core.cli_options import module_names
-from lora_da_core.data import Rows, TextOptions, batches, encode_text, load_rows
+from lora_da_core.data import Rows, TextData, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
 from lora_da_core.models import load_model
 from lora_da_core.registry import Registry
@@ -69,6 +69,7 @@ class Workspace:
         self.pool, self.kept_out = _parts(self.rows, 0 if run.finetune is None else run.finetune.held_out)
         if run.finetune is not None and run.finetune.validation:
             self.pool, self.kept_out = _parts(self.pool, run.finetune.validation)
+        self.source_rows = None if run.source is None else load_rows(run.source.data, split=run.source.split)
         self.loaded = load_model(run.model, device=run.device, dtype=run.dtype, trust_remote_code=run.trust_remote_code)
         # Nothing but adapters is trained, here or in a copy.
         self.loaded.model.requires_grad_(False)
@@ -77,6 +78,7 @@ class Workspace:
         self._draws: dict[tuple[int, int], Draw] = {}
         self._training: dict[int, TrainingData] = {}
         self._held_out: list[Batch] = []
+        self._source_held_out: list[Batch] = []
 
     def _check_stackable(self) -> None:
         from lora_da_core import adapter
@@ -129,10 +131,18 @@ class Workspace:
                 "held_out": len(self.kept_out),
                 "fingerprint": data_fingerprint(run.data, self.rows),
             },
+            **self._source_entry(),
             "seeds": list(run.seeds),
             "run": asdict(run),
             "cells": [{"cell": cell.id, **cell.settings()} for cell in grid.cells],
         }
+
+    def _source_entry(self) -> dict[str, Any]:
+        source, rows = self.run.source, self.source_rows
+        if source is None or rows is None:
+            return {}
+        found = {"source": source.data, "split": source.split, "rows": len(rows), "held_out": source.held_out}
+        return {"source": {**found, "fingerprint": data_fingerprint(source.data, rows)}}
 
     def draw(self, samples: int, seed: int) -> Draw:
         """The samples of one seed; the last draw is kept.
@@ -146,7 +156,7 @@ class Workspace:
         """
         key = (samples, seed)
         if key not in self._draws:
-            found = self._encoded(self.pool, samples, seed, beyond=SEARCH_SAMPLES)
+            found = self._encoded(self.pool, self.run.prompt_template, samples, seed, SEARCH_SAMPLES)
             made, unseen = (
                 batches(part, pad_token_id=self.loaded.tokenizer.pad_token_id, batch_size=self.run.batch_size)
                 for part in (found.samples, found.unseen)
@@ -168,13 +178,34 @@ class Workspace:
         assert tune is not None
         padding = self.loaded.tokenizer.pad_token_id
         if not self._held_out:
-            found = self._encoded(self.kept_out, None, HELD_OUT_SEED)
+            found = self._encoded(self.kept_out, self.run.prompt_template, None, HELD_OUT_SEED)
             self._held_out = [*batches(found.samples, pad_token_id=padding)]
+            if self.run.source is not None:
+                self._source_held_out = [*batches(self._of_source(held_out=True).samples, pad_token_id=padding)]
         if seed not in self._training:
             wanted = min(len(self.pool), tune.steps * tune.batch_size)
-            samples = self._encoded(self.pool, wanted, seed).samples
-            self._training = {seed: TrainingData(samples, self._held_out, padding, seed)}
+            samples = self._encoded(self.pool, self.run.prompt_template, wanted, seed).samples
+            self._training = {seed: TrainingData(samples, self._held_out, padding, seed, self._source_held_out)}
         return self._training[seed]
+
+    def source(self, seed: int) -> Sequence[Batch]:
+        """The source's samples that one seed's Fisher of a regularizer is estimated from.
+
+        Args:
+            seed: Of the draw.
+
+        Returns:
+            The batches; none of their rows is held out.
+        """
+        found, padding = self._of_source(held_out=False, seed=seed), self.loaded.tokenizer.pad_token_id
+        return batches(found.samples, pad_token_id=padding, batch_size=self.run.batch_size)
+
+    def _of_source(self, *, held_out: bool, seed: int = HELD_OUT_SEED) -> TextData:
+        source = self.run.source
+        assert source is not None and self.source_rows is not None
+        pool, kept_out = _parts(self.source_rows, source.held_out)
+        rows, samples = (kept_out, None) if held_out else (pool, source.samples)
+        return self._encoded(rows, source.prompt_template, samples, seed)
 
     def lora(self, rank: int) -> LoraConfig:
         """The LoRA configuration of a rank."""
@@ -191,9 +222,8 @@ class Workspace:
             base_model_name=run.model,
         )
 
-    def _encoded(self, rows: Rows, samples: int | None, seed: int, beyond: int = 0) -> Any:
-        run = self.run
-        options = TextOptions(run.prompt_template, run.max_length, samples, seed, beyond)
+    def _encoded(self, rows: Rows, template: str | None, samples: int | None, seed: int, beyond: int = 0) -> TextData:
+        options = TextOptions(template, self.run.max_length, samples, seed, beyond)
         return encode_text(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
 
 

@@ -1,12 +1,59 @@
-"""Random directions of a layer: of fixed length, made anew from a seed wherever they are needed."""
+"""Random directions of layers, made anew from a seed wherever they are needed, and sums of them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lora_da_core.operators import DenseMap, LinearMap, LowRankMap
 from lora_da_core.types import LayerSpec
+from lora_da_gradients._seeds import named_generator
+
+Places = Mapping[str, tuple[torch.device, torch.dtype]]
+"""Where each layer's changes lie, and their dtype."""
+
+
+class Draw(Protocol):
+    """`direction` or `gaussian`."""
+
+    def __call__(
+        self, spec: LayerSpec, rank: int | None, generator: torch.Generator, *, device: torch.device, dtype: torch.dtype
+    ) -> LinearMap: ...
+
+
+def drawn(
+    draw: Draw, specs: Sequence[LayerSpec], places: Places, *, rank: int | None, seed: int, index: int
+) -> dict[str, LinearMap]:
+    """One direction for every layer; the same seed, layer and index give the same one.
+
+    Args:
+        draw: How a direction is drawn.
+        specs: The layers.
+        places: Of the layers.
+        rank: As `draw` takes it.
+        seed: Of all directions.
+        index: The probe's.
+
+    Returns:
+        By layer.
+    """
+    found = {}
+    for spec in specs:
+        device, dtype = places[spec.name]
+        found[spec.name] = draw(spec, rank, named_generator(seed, spec.name, index), device=device, dtype=dtype)
+    return found
+
+
+def zeros(specs: Sequence[LayerSpec], places: Places) -> dict[str, Tensor]:
+    """A zero matrix (out, in) for every layer."""
+    found = {}
+    for spec in specs:
+        device, dtype = places[spec.name]
+        found[spec.name] = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
+    return found
 
 
 def direction(

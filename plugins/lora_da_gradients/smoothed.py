@@ -15,9 +15,8 @@ from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe
 from lora_da_core.operators import DenseMap, LinearMap
 from lora_da_core.types import LayerSpec
-from lora_da_gradients._directions import add_to, gaussian, scaled
+from lora_da_gradients._directions import add_to, drawn, gaussian, scaled, zeros
 from lora_da_gradients._losses import sum_of_losses
-from lora_da_gradients._seeds import named_generator
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,10 @@ class Smoothed(GradientEstimator[SmoothedOptions]):
         seed, options = int(torch.randint(2**62, (), generator=generator)), self.options
         losses = partial(sum_of_losses, probe, estimator="smoothed", option="smoothing")
         places = {spec.name: probe.place(spec.name) for spec in specs}
-        totals, squares = {}, dict.fromkeys(places, 0.0)
-        for spec in specs:
-            device, dtype = places[spec.name]
-            totals[spec.name] = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
+        totals, squares = zeros(specs, places), dict.fromkeys(places, 0.0)
         before = losses({})
         for index in range(options.probes):
-            changes = {}
-            for spec in specs:
-                device, dtype = places[spec.name]
-                numbers = named_generator(seed, spec.name, index)
-                changes[spec.name] = gaussian(spec, options.rank, numbers, device=device, dtype=dtype)
+            changes = drawn(gaussian, specs, places, rank=options.rank, seed=seed, index=index)
             after = losses({name: scaled(change, options.smoothing) for name, change in changes.items()})
             slope = (after - before) / options.smoothing
             for name, change in changes.items() if slope else ():

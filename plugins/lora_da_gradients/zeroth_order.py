@@ -20,9 +20,8 @@ from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe
 from lora_da_core.operators import DenseMap, LinearMap
 from lora_da_core.types import LayerSpec
-from lora_da_gradients._directions import add_to, direction, scaled
+from lora_da_gradients._directions import add_to, direction, drawn, scaled, zeros
 from lora_da_gradients._losses import sum_of_losses
-from lora_da_gradients._seeds import named_generator
 
 Difference = Literal["central", "forward"]
 Layers = Literal["together", "in_turn"]
@@ -169,17 +168,9 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
     ) -> dict[str, dict[str, Tensor]]:
         """The statistics of layers that are changed together."""
         places = {spec.name: probe.place(spec.name) for spec in specs}
-        totals = {}
-        for spec in specs:
-            device, dtype = places[spec.name]
-            totals[spec.name] = torch.zeros(spec.out_features, spec.in_features, device=device, dtype=dtype)
-        slopes = []
+        totals, slopes = zeros(specs, places), []
         for index, weight in enumerate(self.options.weights().tolist()):
-            directions = {}
-            for spec in specs:
-                device, dtype = places[spec.name]
-                numbers = named_generator(seed, spec.name, index)
-                directions[spec.name] = direction(spec, self.options.rank, numbers, device=device, dtype=dtype)
+            directions = drawn(direction, specs, places, rank=self.options.rank, seed=seed, index=index)
             slopes.append(self._slope(probe, directions, base))
             for name, change in directions.items():
                 add_to(totals[name], change, weight * slopes[-1])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import TrainerPlugin
+from lora_da_trainers._optimizer import PairOptimizer, check_rate, rate_of
 from lora_da_trainers._pairs import Pair, balanced, lora_pairs
-from lora_da_trainers._rates import check_rate, rate_of
 
 Method = Literal["euler", "rk2", "rk4"]
 
@@ -51,7 +51,7 @@ def velocity(b: Tensor, a: Tensor, grad_b: Tensor, grad_a: Tensor) -> tuple[Tens
     return b @ x - torch.linalg.solve(gram_a, half_b, left=False), -torch.linalg.solve(gram_b, half_a) - x @ a
 
 
-class OdeLoraOptimizer(torch.optim.Optimizer):
+class OdeLoraOptimizer(PairOptimizer):
     """One Runge-Kutta step of length `lr` along the flow of every layer's product.
 
     Given a closure, `step` evaluates it once for each stage. Without one, as trainers call it, each call is one stage
@@ -67,8 +67,7 @@ class OdeLoraOptimizer(torch.optim.Optimizer):
             lr: Step length h > 0.
             method: The Runge-Kutta method.
         """
-        groups = [{"params": [pair.B, pair.A], "scaling": pair.scaling} for pair in pairs.values()]
-        super().__init__(groups, {"lr": lr, "method": method})
+        super().__init__(pairs, lr=lr, method=method)
         for group in self.param_groups:
             b, a = group["params"]
             root = group["scaling"] ** 0.5
@@ -118,22 +117,6 @@ class OdeLoraOptimizer(torch.optim.Optimizer):
                 state["stage"] = (stage + 1) % len(weights)
                 parameter.copy_(value / root)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state over; torch would cast its float64 to the parameters' dtype.
-
-        Args:
-            state_dict: As `state_dict` gives it.
-        """
-        kept = {
-            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-            for key, state in state_dict["state"].items()
-        }
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for place, parameter in enumerate(parameters):
-            for name, value in kept.get(place, {}).items():
-                self.state[parameter][name] = value.to(parameter.device) if isinstance(value, Tensor) else value
-
 
 @dataclass(frozen=True)
 class OdeLoraOptions:
@@ -141,7 +124,7 @@ class OdeLoraOptions:
 
     Attributes:
         method: The Runge-Kutta method; a trainer's step is one of its stages.
-        lr: Step length; None takes the trainer's learning rate, with its schedule.
+        lr: Step length where the trainer's schedule is at its peak; None takes the trainer's learning rate.
     """
 
     method: Method = "euler"

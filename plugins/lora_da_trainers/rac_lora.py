@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,6 +56,8 @@ class RacLoraOptions:
 class Chain:
     """The links of one model's adapter: W ← W + scaling·B·A, then a new factor and a zero one.
 
+    An adapter that is not zero when training begins is the first link, and done.
+
     With one step of gradient descent of the right rate in each link, and the sampled factor orthonormal, a link is
     W⁺ = W − γHG with H = B(BᵀB)⁺Bᵀ, whose mean has r/m as its least eigenvalue (arXiv 2410.08305): the error on a
     quadratic shrinks by 1 − r/m in each link, where a B that stays would stop at that share.
@@ -80,21 +83,35 @@ class Chain:
             if weight.shape != (pair.B.shape[0], pair.A.shape[1]):
                 raise OptionError(f"rac_lora merges into plain linear layers; {name} stores its weight otherwise.")
 
-    def begin(self) -> None:
-        """Draws the first link's factor, and freezes it."""
+    def _roles(self, pair: Pair) -> tuple[nn.Parameter, nn.Parameter]:
+        """The factor that is sampled and the one that is trained."""
+        return (pair.B, pair.A) if self.options.sampled == "B" else (pair.A, pair.B)
+
+    def freeze(self) -> None:
+        """Has the optimizer train one factor alone."""
         for pair in self.pairs.values():
-            kept, trained = (pair.B, pair.A) if self.options.sampled == "B" else (pair.A, pair.B)
-            tall = (max(kept.shape), min(kept.shape))
-            basis = torch.linalg.qr(torch.randn(tall, generator=self.generator, dtype=torch.float64))[0]
-            self.set(pair, basis if kept.shape == basis.shape else basis.mT)
-            kept.requires_grad_(False)
+            sampled, trained = self._roles(pair)
+            sampled.requires_grad_(False)
             trained.requires_grad_(True)
+
+    def begin(self) -> None:
+        """Draws a link's factor, orthonormal."""
+        for pair in self.pairs.values():
+            shape = self._roles(pair)[0].shape
+            tall = (max(shape), min(shape))
+            basis = torch.linalg.qr(torch.randn(tall, generator=self.generator, dtype=torch.float64))[0]
+            self.set(pair, basis if shape == basis.shape else basis.mT)
 
     def set(self, pair: Pair, sampled: Tensor) -> None:
         """Starts a layer's link: the sampled factor as given, the other zero."""
-        kept, trained = (pair.B, pair.A) if self.options.sampled == "B" else (pair.A, pair.B)
-        kept.data.copy_(sampled)
+        drawn, trained = self._roles(pair)
+        drawn.data.copy_(sampled)
         trained.data.zero_()
+
+    @property
+    def empty(self) -> bool:
+        """Whether the link adds nothing to the base."""
+        return all(not pair.A.any() or not pair.B.any() for pair in self.pairs.values())
 
     def merge(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Ends the link: its product goes into the base's weights, and the optimizer forgets it.
@@ -104,7 +121,7 @@ class Chain:
         """
         link = {}
         for name, pair in self.pairs.items():
-            link[f"{name}.A"], link[f"{name}.B"] = pair.A.detach().clone(), pair.B.detach().clone()
+            link[f"{name}.A"], link[f"{name}.B"] = (part.detach().cpu().clone() for part in (pair.A, pair.B))
             _add(pair, pair.A, pair.B)
             for parameter in (pair.A, pair.B):
                 if optimizer is not None:
@@ -122,18 +139,23 @@ class Chain:
 
         Args:
             state: As `state_dict` gives it.
+
+        Raises:
+            StorageError: The links are those of other layers.
         """
+        links: dict[int, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            if key != "generator":
+                place, name = key.split(".", 1)
+                links.setdefault(int(place), {})[name] = value
+        names = {f"{name}.{factor}" for name in self.pairs for factor in ("A", "B")}
+        if any(set(link) != names for link in links.values()):
+            raise StorageError("the links of the checkpoint are those of other layers; resume with the same adapter.")
         self.generator.set_state(state["generator"].to(torch.uint8).cpu())
-        links = 1 + max((int(key.split(".", 1)[0]) for key in state if key != "generator"), default=-1)
-        for place in range(links):
-            link = {}
+        for _, link in sorted(links.items()):
             for name, pair in self.pairs.items():
-                a, b = (state[f"{place}.{name}.{factor}"].to(pair.A.device) for factor in ("A", "B"))
-                link[f"{name}.A"], link[f"{name}.B"] = a, b
-                _add(pair, a, b)
+                _add(pair, *(link[f"{name}.{factor}"].to(pair.A.device) for factor in ("A", "B")))
             self.merged.append(link)
-        for pair in self.pairs.values():
-            (pair.B if self.options.sampled == "B" else pair.A).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -154,29 +176,45 @@ class RacLora(TrainerPlugin[RacLoraOptions]):
     api_version = 1
     Options = RacLoraOptions
 
+    @property
+    def changes_base(self) -> bool:
+        return True
+
     def attach(self, trainer: Any) -> None:
         from transformers import TrainerCallback
 
+        processes = trainer.args.world_size
+        if self.options.restart == "data" and processes > 1:
+            raise OptionError(
+                f"rac_lora with restart='data' would solve for another A on each of {processes} processes, as each "
+                "reads its own part of the data; use restart='random'."
+            )
         chain, options = Chain(lora_pairs(trainer.model), self.options), self.options
-        chain.begin()
+        chain.freeze()
+
+        def begin() -> None:
+            if options.restart == "data":
+                _solve(trainer, chain)
+            else:
+                chain.begin()
 
         class Links(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
             def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
                 if state.global_step:
                     chain.load_state_dict(_stored(args, state))
-                elif options.restart == "data":
-                    _solve(trainer, chain)
+                    return
+                if not chain.empty:
+                    chain.merge()
+                begin()
 
             def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
                 if state.global_step % options.every == 0 and state.global_step < state.max_steps:
                     chain.merge(rest["optimizer"])
-                    if options.restart == "data":
-                        _solve(trainer, chain)
-                    else:
-                        chain.begin()
+                    begin()
 
             def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-                save_file(chain.state_dict(), _checkpoint(args, state) / CHAIN_FILE)
+                if state.is_world_process_zero:
+                    _store(chain.state_dict(), _checkpoint(args, state) / CHAIN_FILE)
 
         trainer.add_callback(Links())
 
@@ -185,11 +223,24 @@ def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+def _store(state: dict[str, Tensor], path: Path) -> None:
+    """Writes the file completely or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    save_file(state, temporary)
+    temporary.replace(path)
+
+
 def _stored(args: Any, state: Any) -> dict[str, Tensor]:
     path = _checkpoint(args, state) / CHAIN_FILE
     if not path.is_file():
-        raise StorageError(f"{path} does not exist, so the links before it are lost; resume a run of rac_lora.")
-    found: dict[str, Tensor] = load_file(path)
+        raise StorageError(
+            f"{path} does not exist: the run was no rac_lora's, or was ended while it saved. Resume from an earlier "
+            "checkpoint, or from one of rac_lora."
+        )
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise StorageError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
     return found
 
 
@@ -199,7 +250,6 @@ def _solve(trainer: Any, chain: Chain) -> None:
     with torch.random.fork_rng():
         initialize_lora_da_weights(model, list(_first(trainer.get_train_dataloader(), chain.options.samples)))
     for pair in chain.pairs.values():
-        pair.A.requires_grad_(False)
         pair.B.data.zero_()
 
 

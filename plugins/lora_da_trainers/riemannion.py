@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import TrainerPlugin
+from lora_da_trainers._optimizer import PairOptimizer, check_rate, rate_of
 from lora_da_trainers._pairs import Pair, balanced, lora_pairs
-from lora_da_trainers._rates import check_rate, rate_of
 
 TINY = 1e-12
 """Singular values below this share of the largest are no direction to orthogonalise."""
@@ -60,7 +60,7 @@ def orthogonalised(matrix: LowRank, rank: int) -> LowRank:
     return LowRank(u[:, :rank][:, kept], v[:, :rank][:, kept])
 
 
-class RiemannionOptimizer(torch.optim.Optimizer):
+class RiemannionOptimizer(PairOptimizer):
     """M = β·P_T(M_before) + P_T(G); M̃ = P_T(Ortho_2r(M)); X ← truncSVD_r(X − η·M̃), X = scaling·B·A (arXiv 2507.12142).
 
     The two gradient products that P_T needs, UᵀG and GV, are the factors' own gradients divided by the triangles of
@@ -76,8 +76,7 @@ class RiemannionOptimizer(torch.optim.Optimizer):
             lr: η > 0.
             momentum: β.
         """
-        groups = [{"params": [pair.B, pair.A], "scaling": pair.scaling} for pair in pairs.values()]
-        super().__init__(groups, {"lr": lr, "momentum": momentum})
+        super().__init__(pairs, lr=lr, momentum=momentum)
         for group in self.param_groups:
             b, a = group["params"]
             balanced(b.detach(), a.detach())
@@ -127,19 +126,6 @@ class RiemannionOptimizer(torch.optim.Optimizer):
         b.copy_(left[:, :rank] * roots)
         a.copy_((right[:, :rank] * roots).mT)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state over; torch would cast its float64 to the parameters' dtype.
-
-        Args:
-            state_dict: As `state_dict` gives it.
-        """
-        kept = {key: dict(state) for key, state in state_dict["state"].items()}
-        super().load_state_dict(state_dict)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for place, parameter in enumerate(parameters):
-            for name, value in kept.get(place, {}).items():
-                self.state[parameter][name] = value.to(parameter.device, copy=True)
-
 
 @dataclass(frozen=True)
 class RiemannionOptions:
@@ -147,7 +133,7 @@ class RiemannionOptions:
 
     Attributes:
         momentum: β, from 0 to below 1.
-        lr: η; None takes the trainer's learning rate, with its schedule.
+        lr: η where the trainer's schedule is at its peak; None takes the trainer's learning rate.
     """
 
     momentum: float = 0.9
