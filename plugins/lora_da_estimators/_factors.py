@@ -16,6 +16,7 @@ from torch import Tensor
 from lora_da_core.errors import DataError, ModelError
 from lora_da_core.operators import Dense, row_major
 from lora_da_core.types import DampingKind, FisherStatistics
+from lora_da_estimators._inverses import inverse_from_cholesky
 
 _RESOLUTION = 1e3
 """Machine epsilons, times the mean diagonal, below which eigenvalues of a sum are taken for rounding noise.
@@ -162,7 +163,7 @@ class DenseFactor(DampedFactor):
         return (self.matrix @ block.to(self.matrix.dtype)).to(block.dtype)
 
     def solve(self, block: Tensor) -> Tensor:
-        return (self.inverse @ block.to(self.dtype)).to(block.dtype)
+        return Dense(self.inverse).matmat(block.to(self.dtype)).to(block.dtype)
 
     def inverse_trace(self) -> float:
         return float(self.inverse.diagonal().sum(dtype=torch.float64))
@@ -272,7 +273,7 @@ def damp_dense(sums: Tensor, count: int, request: FactorRequest) -> DenseFactor:
         if int(info) == 0:
             if amount != asked:
                 remedies += (f"{request.label}: not positive definite at damping {asked:.3g}; raised to {amount:.3g}",)
-            return DenseFactor(damped, torch.cholesky_inverse(root), amount, remedies)
+            return DenseFactor(damped, inverse_from_cholesky(root), amount, remedies)
     return _clamp(matrix, asked, amounts[-1], remedies, request.label)
 
 
