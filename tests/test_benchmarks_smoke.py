@@ -82,7 +82,7 @@ def test_the_7b_comparison_measures_every_program_and_checks_both_presets(figure
         if name != "peft lora_ga":
             assert row["converged"] == 14 == sum(row["solvers"].values())
             assert row["phases"]["statistics"] + row["phases"]["solve"] < row["seconds"]
-    for preset in ("robust, fixed scale", "paper"):
+    for preset in ("fixed", "paper"):
         check = found[f"check {preset}"]
         assert check["worst_residual"] < 1e-6
         assert len(check["angles"]) == 7
@@ -99,6 +99,16 @@ def test_the_7b_comparison_stops_at_its_time_limit_with_what_it_has(
     assert "time limit reached" in capsys.readouterr().out
 
 
+def test_the_7b_comparison_keeps_within_a_limit_and_shows_the_plan_beside_it(figures: Any) -> None:
+    shape = ("--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    least = ("--programs", "fixed", "--skip-check", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    found = figures(gpu_7b, *shape, *least, "--max-memory", "5800KiB,1GiB")
+    free, tight, loose = found["rows"].values()
+    assert loose["plan"]["passes"] == 1 and tight["plan"]["passes"] > 1
+    assert tight["plan"]["peak_gib"] <= 5800 / 2**20 and tight["plan"]["fits"]
+    assert tight["residual"] == free["residual"] == loose["residual"] and tight["converged"] == 14
+
+
 def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) -> None:
     found = figures(solvers, "--sizes", "120", "--ranks", "4", "--batch", "2", "--repetitions", "1")
     rows = [row for row in found["rows"] if row["solver"] != "eigh"]
@@ -113,7 +123,7 @@ def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) 
 def test_the_primitives_are_timed_in_both_dtypes(figures: Any) -> None:
     found = figures(primitives, "--sizes", "48", "--batch", "2")
     names = {(row["primitive"], row["dtype"]) for row in found["rows"]}
-    assert len(names) == len(found["rows"]) == 22
+    assert len(names) == len(found["rows"]) == 34
     assert all(math.isfinite(row["seconds"]) and row["seconds"] > 0 for row in found["rows"])
 
 
