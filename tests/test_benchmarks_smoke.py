@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, gpu_7b, primitives, solvers
+from benchmarks import candidates, gpu_7b, primitives, scaling, solvers
 
 GRID = """
 [run]
@@ -118,6 +118,23 @@ def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) 
         assert abs(row["objective_gap"]) < 1e-4
         eigh = next(r["seconds"] for r in found["rows"] if r["solver"] == "eigh" and r["dtype"] == row["dtype"])
         assert row["speed_up"] == pytest.approx(eigh / row["seconds"])
+
+
+def test_growth_is_measured_along_every_axis_and_a_deep_model_is_extrapolated(figures: Any) -> None:
+    axes = ("--samples", "16,32", "--blocks", "1,2", "--widths", "64,128", "--ranks", "2,4", "--hidden", "64")
+    found = figures(scaling, *axes, "--length", "8", "--repetitions", "1", "--deep", "tiny", "--deep-samples", "16")
+    assert list(found["curves"]) == ["samples", "blocks", "hidden", "rank"]
+    for name, curve in found["curves"].items():
+        rows, passes = curve["rows"], curve["exponents"]["passes"]
+        assert [row["converged"] for row in rows] == [True, True]
+        measured = math.log(rows[1]["passes"] / rows[0]["passes"]) / math.log(rows[1][name] / rows[0][name])
+        assert passes["exponent"] == pytest.approx(measured)
+        assert passes["met"] == (None if passes["limit"] is None else measured <= passes["limit"])
+    deep = found["deep"]["tiny"]
+    one, two = deep["measured"]["1"], deep["measured"]["2"]
+    whole = deep["extrapolated, in one pass"]
+    assert whole["passes"] == pytest.approx(one["passes"] + 5 * (two["passes"] - one["passes"]))
+    assert deep["planned, not run"]["layers"] == 6 * 7
 
 
 def test_the_primitives_are_timed_in_both_dtypes(figures: Any) -> None:
