@@ -55,11 +55,15 @@ class Case:
     solver: Any = "auto"
     scale: str = "fixed"
     dtype: str = "float32"
+    layers_per_pass: int | str = "auto"
 
 
 CASES = (
     Case("kfac"),
     Case("kfac, line search", scale="auto"),
+    Case("kfac, two passes", layers_per_pass=14),
+    Case("kfac, a pass per input", layers_per_pass=1, blocks=2),
+    Case("kfac, more samples", hidden=512, inner=1408, heads=8, kv_heads=8, samples=48),
     Case("kfac, large batch", hidden=512, inner=1408, heads=8, kv_heads=8, blocks=8, samples=16, length=128, batch=16),
     Case("kfac, large vocabulary", hidden=512, inner=1408, heads=8, kv_heads=8, vocabulary=64000, batch=8),
     Case("kfac, rank 64", rank=64, blocks=3),
@@ -178,7 +182,10 @@ def _lora(case: Case) -> LoraConfig:
 
 
 def _pipeline(case: Case) -> lora_da_core.Pipeline:
-    config = lora_da_core.LoraDAConfig(scale=case.scale)  # type: ignore[arg-type]
+    config = lora_da_core.LoraDAConfig(
+        scale=case.scale,  # type: ignore[arg-type]
+        layers_per_pass=case.layers_per_pass,  # type: ignore[arg-type]
+    )
     return lora_da_core.build_pipeline(case.estimator, case.solver, case.gradient, config=config)
 
 

@@ -131,6 +131,8 @@ def _root(
 def _init(options: InitOptions) -> None:
     """Compute an adapter's initial weights from data and save them as a stock PEFT adapter."""
     from lora_da_core import adapter, data, models, storage
+    from lora_da_core.ablation.memory import PeakMemory
+    from lora_da_core.cli_plan import forecast, outcome
     from lora_da_core.memory import parse_size
     from lora_da_core.progress import note, shown_progress
     from lora_da_core.report import plot_spectra
@@ -184,15 +186,15 @@ def _init(options: InitOptions) -> None:
     for sentence in notes:
         note(log, sentence)
     pipeline.config = replace(pipeline.config, samples=len(samples.samples))
-    batches = [
-        batch
+    taken, unseen = (
+        data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
         for part in (samples.samples, samples.unseen)
-        for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
-    ]
-    with shown_progress(log) as on_progress:
+    )
+    planned = forecast(pipeline, loaded.model, lora, taken, options.max_memory)
+    with shown_progress(log) as on_progress, PeakMemory(next(loaded.model.parameters()).device) as memory:
         result = pipeline.run(
             loaded.model,
-            batches,
+            [*taken, *unseen],
             lora,
             on_progress=on_progress,
             cache_dir=options.cache_dir,
@@ -212,6 +214,8 @@ def _init(options: InitOptions) -> None:
     if options.plot:
         plot_spectra(report, options.output / PICTURE_FILE)
     _show(report, brief=len(report.layers) >= MANY_LAYERS)
+    for sentence in outcome(planned, memory.peak, report, cached=options.cache_dir is not None):
+        typer.echo(sentence)
     typer.echo(f"saved to {options.output}")
 
 

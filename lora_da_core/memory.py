@@ -16,6 +16,7 @@ from lora_da_core.allocation import Allocation
 from lora_da_core.errors import OptionError
 from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
+from lora_da_core.memory_time import relative_time
 from lora_da_core.memory_workspace import Tokens, WorkspaceProbe
 from lora_da_core.operators import accumulation_dtype
 from lora_da_core.sizing import SEARCH_SAMPLES
@@ -118,7 +119,11 @@ class Plan:
     Attributes:
         peak_bytes: Most bytes at a time: of the phase that takes most.
         passes: How often the data is read.
-        seconds: Time of these passes at the throughput that was given; None where none was.
+        seconds: Time of these passes at the throughput that was given; None where none was. A pass that taps some of
+            the layers takes less than one that taps all.
+        relative_time: What these passes take, in units of one over all layers.
+        tokens: Tokens that each of them reads.
+        weights: Bytes of the model.
         statistics_bytes: Statistics of all layers together.
         layers: How many layers are adapted.
         layers_per_pass: How many of them at most have their statistics taken in one pass.
@@ -132,6 +137,9 @@ class Plan:
     peak_bytes: int
     passes: int
     seconds: float | None
+    relative_time: float
+    tokens: int
+    weights: int
     statistics_bytes: int
     layers: int
     layers_per_pass: int
@@ -174,7 +182,7 @@ def estimate_memory(
         device: Where it will run; None takes the model's device, for `meta` the CPU.
         max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among as many passes over the
             data as it takes.
-        throughput: Tokens per second of a pass, as measured on that device.
+        throughput: Tokens per second of a pass over all layers, as measured on that device.
 
     Returns:
         The plan; with a limit that nothing meets, the smallest there is, with a note.
@@ -193,11 +201,15 @@ def estimate_memory(
     parts, rows = _passes(layers, limit)
     peak = max(by_phase(rows).values())
     fits = limit is None or peak <= limit
-    passes = pipeline.components.estimator.passes * len(parts)
+    each = pipeline.components.estimator.passes
+    passes, units = each * len(parts), each * layers.relative_time(parts)
     return Plan(
         peak_bytes=peak,
         passes=passes,
-        seconds=None if throughput is None else passes * layers.workload.total / throughput,
+        seconds=None if throughput is None else units * layers.workload.total / throughput,
+        relative_time=units,
+        tokens=layers.workload.total,
+        weights=layers.phases.weights,
         statistics_bytes=statistics_of(layers.groups),
         layers=len(layers.specs),
         layers_per_pass=max(sum(map(len, part)) for part in parts),
@@ -217,7 +229,11 @@ def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.dev
 
 
 def _passes(layers: _Layers, limit: int | None) -> tuple[Sequence[Sequence[Group]], list[PlanRow]]:
-    """The fewest passes that stay within the limit, or the most there can be; and their rows."""
+    """The passes of the configuration, or the fewest that stay within the limit, or the most; and their rows."""
+    most = layers.pipeline.config.layers_per_pass
+    if limit is None and most != "auto" and most < len(layers.specs):
+        parts = divided(layers.groups, most)
+        return parts, layers.divisible_phases().rows(parts)
     parts, rows = [layers.groups], layers.phases.rows([layers.groups])
     if limit is None or max(by_phase(rows).values()) <= limit:
         return parts, rows
@@ -271,6 +287,14 @@ class _Layers:
         self.notes += targets.notes
         probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config, self.device)
         layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
+        adapted = {id(module) for module in targets.modules.values()}
+        self.beside = sum(
+            math.prod(matrix.shape)
+            for module in adapter.base_of(self.model).modules()
+            if id(module) not in adapted and not isinstance(module, nn.Embedding)
+            for matrix in module.parameters(recurse=False)
+            if matrix.ndim > 1
+        )
         self.phases = self._phases({name: layer.workspace.update for name, layer in layers.items()})
         grouped: dict[str, list[LayerBytes]] = {}
         for name, layer in layers.items():
@@ -282,6 +306,10 @@ class _Layers:
         first = self.groups[0][0]
         tapped = {first.spec.name: first.workspace.update}
         return replace(self.phases, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+
+    def relative_time(self, parts: Sequence[Sequence[Group]]) -> float:
+        """What a pass over each part takes together, in units of one over all layers."""
+        return relative_time(parts, self.beside, backward=self._backward)
 
     @property
     def _backward(self) -> bool:

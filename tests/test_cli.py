@@ -302,6 +302,17 @@ def test_init_keeps_within_a_limit_as_planned_and_gives_the_same_adapter(world):
     assert adapters[0] == adapters[1]
 
 
+def test_init_shows_the_plan_beside_the_outcome_and_what_a_plan_needs_to_tell_time(world):
+    outcome = run(world, *INIT, "--output", "compared", "--samples", "8", "--solver", "eigh")
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"memory beyond the weights \(\S+ \wiB\): planned \S+ \w*B, measured \S+ \w*B", outcome.stdout)
+    timed = re.search(r"1 pass over ([\d,]+) tokens in .*--throughput (\d+)", outcome.stdout)
+    assert timed is not None
+    tokens, throughput = int(timed[1].replace(",", "")), int(timed[2])
+    report = storage.read_report(world / "compared")
+    assert throughput == pytest.approx(tokens / report.seconds["statistics"], rel=0.01)
+
+
 def test_a_second_init_reads_the_first_one_s_statistics(world):
     shared = ("--samples", "8", "--cache-dir", "kept")
     assert "statistics: " in run(world, *INIT, "--output", "first", "--rank", "2", *shared).stderr

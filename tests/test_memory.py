@@ -5,16 +5,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import lora_da_core
 from conftest import make_tiny_llama
-from lora_da_core import models
+from lora_da_core import models, rounds
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
 from lora_da_core.memory import Workload, estimate_memory, parse_size, size_text
 from lora_da_core.memory_activations import BatchShape, trace
 from lora_da_core.memory_phases import LayerBytes, Phases, PlanRow, by_phase, divided
 from lora_da_core.memory_workspace import Tokens, Workspace, WorkspaceProbe
+from lora_da_core.passes import divided_layers, input_groups
 from lora_da_core.types import LayerSpec
 from tiny_models import bert, t5, vit
 
@@ -326,6 +328,42 @@ def test_rounds_keep_their_statistics():
 def test_time_needs_a_throughput():
     assert plan_of(pipeline()).seconds is None
     assert plan_of(pipeline("ekfac"), throughput=64.0).seconds == 2 * SAMPLES * LENGTH / 64.0
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "identity", ("kfac", {"output": "identity"})], ids=str)
+@pytest.mark.parametrize("layers_per_pass", [1, 5, 14])
+def test_the_time_of_several_passes_goes_with_what_torch_counts(estimator, layers_per_pass, monkeypatch):
+    gradient = "none" if estimator == ("kfac", {"output": "identity"}) else "full"
+    settings = {"alpha": 0.0, "beta": 1.0} if gradient == "none" else {}
+    model, batches, counted = llama(hidden_size=128, intermediate_size=320), full_batches(), []
+    estimate = rounds.estimate
+
+    def in_place(total, left, right, **rest):
+        return 2 * left[0] * left[1] * right[1]
+
+    def watched(*arguments):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+            found = estimate(*arguments)
+        counted[-1] += counter.get_total_flops()
+        return found
+
+    monkeypatch.setattr(rounds, "estimate", watched)
+    for most in ("auto", layers_per_pass):
+        counted.append(0)
+        pipe = pipeline(estimator, gradient, layers_per_pass=most, **settings)
+        pipe.run(model, batches, lora())
+    plan = plan_of(pipe, model, throughput=100.0)
+    assert plan.relative_time == pytest.approx(counted[1] / counted[0], rel=0.1)
+    assert plan.seconds == pytest.approx(plan.relative_time * SAMPLES * LENGTH / 100.0)
+    assert (plan.relative_time == 1.0) == (plan.passes == 1)
+
+
+def test_a_plan_divides_layers_as_the_configuration_says():
+    plan = plan_of(pipeline(layers_per_pass=5))
+    model, parts = llama(), []
+    task = pipeline().estimate(model, full_batches(), lora()).task
+    parts = divided_layers(input_groups(task, full_batches()), 5)
+    assert [list(part) for part in plan.parts] == parts and plan.passes == len(parts) > 1
 
 
 @pytest.mark.parametrize(
