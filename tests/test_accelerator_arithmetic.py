@@ -206,6 +206,18 @@ def test_a_narrow_input_factor_beside_a_wide_output_factor_is_widened_by_product
 
 
 @pytest.mark.usefixtures("accelerator")
+def test_an_accelerator_makes_a_factor_again_instead_of_keeping_it() -> None:
+    sums = torch.randn(40, 40, generator=generator())
+    request = _factors.FactorRequest("layer", "Z", "inputs", 0.5, "relative")
+    factor = _factors.damp_dense(sums @ sums.mT, 7, request)
+    assert not isinstance(factor._matrix, Tensor)
+    expected = (sums @ sums.mT).double() / 7
+    expected.diagonal().add_(0.5**0.5 * expected.diagonal().mean())
+    torch.testing.assert_close(factor.matrix, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(factor.matrix @ factor.inverse.double(), torch.eye(40).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("accelerator")
 def test_a_preconditioner_of_a_narrow_factor_inverts_the_shifted_operator() -> None:
     variance = kfac_omega(1.0).variance
     assert variance is not None

@@ -180,7 +180,7 @@ class Kfac(FisherEstimator[KfacOptions]):
         inputs = self._input_factor(statistics, damping, damping_kind)
         count = statistics.tokens if fisher_scale == "token_mean" else statistics.samples
         request = FactorRequest(spec.name, "output factor Y", "output gradients", damping, damping_kind)
-        return KfacFisher(self._output_factor(statistics, inputs.matrix.device, count, request), inputs)
+        return KfacFisher(self._output_factor(statistics, inputs.inverse.device, count, request), inputs)
 
     def statistics_bytes(self, spec: LayerSpec, *, samples: int, tokens: int, itemsize: int) -> tuple[int, int]:
         output = {"identity": 0, "diagonal": spec.out_features, "full": spec.out_features**2}[self.options.output]
