@@ -160,6 +160,8 @@ def _plan(model: Any, batches: Any, lora: LoraConfig, pipeline: Any, limit: str)
         "peak_gib": plan.peak_bytes / GIB,
         "passes": plan.passes,
         "layers_per_pass": plan.layers_per_pass,
+        "batch_size": plan.batch_size,
+        "relative_time": plan.relative_time,
         "fits": plan.fits,
         "phases_gib": {phase: size / GIB for phase, size in plan.phases().items()},
         "rows_gib": [(row.phase, row.what, row.bytes / GIB) for row in plan.rows],

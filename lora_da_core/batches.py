@@ -87,6 +87,20 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
+def cut(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The same samples in batches of at most so many."""
+    parts: list[Batch] = []
+    for batch in batches:
+        count = len(batch["labels"])
+        if count <= samples:
+            parts.append(batch)
+            continue
+        parts += [
+            take_rows(batch, torch.arange(start, min(start + samples, count))) for start in range(0, count, samples)
+        ]
+    return parts
+
+
 def first_samples(batches: Iterable[Batch], samples: int | None, beyond: int = 0) -> tuple[list[Batch], list[Batch]]:
     """The batches up to `samples` samples, and those of the samples that follow; batches are cut where needed.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lora_da_core.batches import cut
 from lora_da_core.errors import OptionError
+from lora_da_core.estimation import Job
 from lora_da_core.memory import Plan, Workload, estimate_memory, size_text
 from lora_da_core.types import Batch
 
@@ -69,9 +72,21 @@ def plan_within(
     return plan
 
 
+def within(plan: Plan, job: Job) -> Job:
+    """The job in batches of the plan's size, with a note of what was planned."""
+    return replace(
+        job,
+        batches=cut(job.batches, plan.batch_size),
+        later=[cut(batches, plan.batch_size) for batches in job.later],
+        unseen=cut(job.unseen, plan.batch_size),
+        notes=(*job.notes, plan_note(plan)),
+    )
+
+
 def plan_note(plan: Plan) -> str:
     """One sentence for the report: what was planned for the limit."""
     return (
         f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
-        f"layers at a time, {plan.passes} passes over the data of a round, a peak of {size_text(plan.peak_bytes)}"
+        f"layers and {plan.batch_size} samples at a time, {plan.passes} passes over the data of a round, a peak of "
+        f"{size_text(plan.peak_bytes)}"
     )

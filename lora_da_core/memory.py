@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch where no batch size is given, as `lora-da init` fills them."""
 
+BATCH_TOKENS = 256
+"""What a batch costs beside its tokens, in tokens: sums are read and written once a batch, whatever it holds."""
+
 _UNITS = {"B": 1, "KB": 10**3, **{f"{p}B": 1000**n for n, p in enumerate("kMGTP", 1)}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGTP", 1)}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
@@ -128,6 +131,7 @@ class Plan:
         layers: How many layers are adapted.
         layers_per_pass: How many of them at most have their statistics taken in one pass.
         parts: The names of the layers of each pass.
+        batch_size: Samples in a batch at most: those of the workload, or fewer where the limit asks for it.
         max_memory: The limit that was given.
         fits: Whether the peak is within the limit.
         rows: What the peak of every phase is made of.
@@ -144,6 +148,7 @@ class Plan:
     layers: int
     layers_per_pass: int
     parts: tuple[tuple[str, ...], ...]
+    batch_size: int
     max_memory: int | None
     fits: bool
     rows: tuple[PlanRow, ...]
@@ -180,8 +185,8 @@ def estimate_memory(
         pipeline: The pipeline that will run.
         workload: The data; None takes 64 samples of 1024 tokens.
         device: Where it will run; None takes the model's device, for `meta` the CPU.
-        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among as many passes over the
-            data as it takes.
+        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among passes over the data,
+            and batches cut into smaller ones, as takes least time.
         throughput: Tokens per second of a pass over all layers, as measured on that device.
 
     Returns:
@@ -196,11 +201,9 @@ def estimate_memory(
     for name, value in (("max_memory", limit), ("throughput", throughput)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} is {value}; it must be above 0.")
-    layers = _Layers(model, pipeline, workload or Workload(), _device_of(model, device))
-    layers.read(peft_config)
-    parts, rows = _passes(layers, limit)
-    peak = max(by_phase(rows).values())
-    fits = limit is None or peak <= limit
+    found = _divided(model, peft_config, pipeline, workload or Workload(), _device_of(model, device), limit)
+    layers, parts, rows = found.layers, found.parts, found.rows
+    peak, fits = found.peak, found.fits(limit)
     each = pipeline.components.estimator.passes
     passes, units = each * len(parts), each * layers.relative_time(parts)
     return Plan(
@@ -214,6 +217,7 @@ def estimate_memory(
         layers=len(layers.specs),
         layers_per_pass=max(sum(map(len, part)) for part in parts),
         parts=tuple(tuple(layer.spec.name for group in part for layer in group) for part in parts),
+        batch_size=layers.workload.batch.samples,
         max_memory=limit,
         fits=fits,
         rows=tuple(rows),
@@ -226,6 +230,31 @@ def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.dev
         return torch.device(device)
     found = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), None)
     return torch.device("cpu") if found is None or found.type == "meta" else found
+
+
+def _divided(
+    model: nn.Module,
+    peft_config: LoraConfig | None,
+    pipeline: Pipeline,
+    workload: Workload,
+    device: torch.device,
+    limit: int | None,
+) -> _Division:
+    """The division of layers and batches that takes least time within the limit; without one, whole batches."""
+    best: _Division | None = None
+    size = workload.batch.samples
+    while True:
+        layers = _Layers(model, pipeline, replace(workload, batch_size=size), device)
+        layers.read(peft_config)
+        found = _Division(layers, *_passes(layers, limit))
+        better = best is None or found.rank(limit) < best.rank(limit)
+        # Smaller batches pay as long as they make fewer passes; once they do not, still smaller ones will not either.
+        if best is not None and best.fits(limit) and not better:
+            return best
+        best = found if better or best is None else best
+        if size == 1 or (found.fits(limit) and len(found.parts) == 1):
+            return best
+        size = -(-size // 2)
 
 
 def _passes(layers: _Layers, limit: int | None) -> tuple[Sequence[Sequence[Group]], list[PlanRow]]:
@@ -376,3 +405,26 @@ class _Layers:
             if note not in self.notes:
                 self.notes.append(note)
             return guess(base, batch, updates, backward=backward)
+
+
+@dataclass(frozen=True)
+class _Division:
+    """One way to divide a run, with the rows of its phases."""
+
+    layers: _Layers
+    parts: Sequence[Sequence[Group]]
+    rows: list[PlanRow]
+
+    @property
+    def peak(self) -> int:
+        return max(by_phase(self.rows).values())
+
+    def fits(self, limit: int | None) -> bool:
+        return limit is None or self.peak <= limit
+
+    def rank(self, limit: int | None) -> tuple[bool, float]:
+        """What fits before what does not; of the former the one that takes least time, of the latter least memory."""
+        if not self.fits(limit):
+            return True, self.peak
+        batch = self.layers.workload.batch
+        return False, self.layers.relative_time(self.parts) * (1 + BATCH_TOKENS / (batch.samples * batch.tokens))

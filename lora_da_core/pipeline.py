@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.blame import blamed
-from lora_da_core.budget import plan_note, plan_within
+from lora_da_core.budget import plan_note, plan_within, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -123,7 +123,8 @@ class Pipeline:
             cache_dir: A directory in which statistics outlive this process, so that a run on the same model and data
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
-                within by plan; layers are divided among as many passes as it takes. Libraries come on top.
+                within by plan; layers are divided among passes, and batches into smaller ones, as takes least time.
+                Libraries come on top.
 
         Returns:
             The factors as the adapter stores them, before PEFT's scaling, and the report.
@@ -150,7 +151,7 @@ class Pipeline:
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
             plan = plan_within(self, model, peft_config, job.batches, max_memory)
             logger.info("%s", plan_note(plan))
-            job, parts = replace(job, notes=(*job.notes, plan_note(plan))), plan.parts
+            job, parts = within(plan, job), plan.parts
         elif most == "auto" or most >= len(job.task.specs):
             parts = [[spec.name for spec in job.task.specs]]
         else:

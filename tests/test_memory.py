@@ -242,14 +242,28 @@ def test_a_smaller_limit_means_more_passes():
     whole = plan_of(pipe, model)
     least = plan_of(pipe, model, max_memory=1)
     assert (whole.passes, least.fits, least.layers_per_pass) == (1, False, 3)
+    assert whole.batch_size == BATCH > least.batch_size
     plans = [
         plan_of(pipe, model, max_memory=int(least.peak_bytes + share * (whole.peak_bytes - least.peak_bytes)))
         for share in (0.0, 0.5, 1.0)
     ]
     assert all(plan.fits and plan.peak_bytes <= plan.max_memory for plan in plans)
-    assert [plan.passes for plan in plans] == sorted((plan.passes for plan in plans), reverse=True)
-    assert plans[0].passes > plans[1].passes > plans[2].passes == 1
+    assert [plan.batch_size for plan in plans] == sorted(plan.batch_size for plan in plans)
+    assert plans[0].passes > plans[2].passes == 1 and plans[2].batch_size == BATCH
     assert {plan.statistics_bytes for plan in plans} == {whole.statistics_bytes}
+
+
+def test_smaller_batches_are_taken_where_they_make_fewer_passes():
+    model, pipe = llama(num_hidden_layers=3, vocab_size=4000), pipeline()
+    whole, single = plan_of(pipe, model), plan_of(pipe, model, workload=Workload(SAMPLES, LENGTH, batch_size=1))
+    # Between what single samples and what whole batches take, both in one pass.
+    limit = (whole.peak_bytes + single.peak_bytes) // 2
+    found = plan_of(pipe, model, max_memory=limit)
+    assert found.fits and found.passes == 1 and 1 <= found.batch_size < BATCH
+    # Statistics that do not fit divide the layers whatever the batches are.
+    heavy = llama(num_hidden_layers=6, hidden_size=256, intermediate_size=512, vocab_size=50)
+    tight = plan_of(pipe, heavy, max_memory=int(0.6 * plan_of(pipe, heavy).peak_bytes), workload=Workload(8, 4))
+    assert tight.fits and tight.passes > 1
 
 
 def test_passes_of_the_estimator_count():
