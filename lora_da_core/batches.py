@@ -87,17 +87,18 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
-def cut(batches: Iterable[Batch], samples: int) -> list[Batch]:
-    """The same samples in batches of at most so many."""
+def cut(batches: Iterable[Batch], samples: int, tokens: int) -> list[Batch]:
+    """The same samples in batches of at most so many, or more where they are short enough to keep within the tokens."""
     parts: list[Batch] = []
     for batch in batches:
         count = len(batch["labels"])
-        if count <= samples:
+        length = batch["labels"].numel() // max(1, count)
+        # One label per sample does not tell how long samples are.
+        most = max(samples, tokens // length) if length > 1 else samples
+        if count <= most:
             parts.append(batch)
             continue
-        parts += [
-            take_rows(batch, torch.arange(start, min(start + samples, count))) for start in range(0, count, samples)
-        ]
+        parts += [take_rows(batch, torch.arange(start, min(start + most, count))) for start in range(0, count, most)]
     return parts
 
 

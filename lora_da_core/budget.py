@@ -30,13 +30,15 @@ def workload_of(batches: Sequence[Batch]) -> Workload:
         The workload, padding counted as tokens.
     """
     labels: list[Tensor] = [batch["labels"] for batch in batches]
+    # Batches of shorter samples hold more of them: what counts is the batch of most tokens.
+    largest = max(each.numel() for each in labels)
     # Whoever has one label per sample has no length that labels tell; a plan knows no shorter sample than 2 tokens.
     lengths = [max(2, each[0].numel()) for each in labels if len(each)]
     return Workload(
         samples=sum(map(len, labels)),
         max_length=max(lengths),
         tokens=sum(each.numel() for each in labels),
-        batch_size=max(map(len, labels)),
+        batch_size=min(max(map(len, labels)), -(-largest // max(lengths))),
     )
 
 
@@ -76,9 +78,9 @@ def within(plan: Plan, job: Job) -> Job:
     """The job in batches of the plan's size, with a note of what was planned."""
     return replace(
         job,
-        batches=cut(job.batches, plan.batch_size),
-        later=[cut(batches, plan.batch_size) for batches in job.later],
-        unseen=cut(job.unseen, plan.batch_size),
+        batches=cut(job.batches, plan.batch_size, plan.batch_tokens),
+        later=[cut(batches, plan.batch_size, plan.batch_tokens) for batches in job.later],
+        unseen=cut(job.unseen, plan.batch_size, plan.batch_tokens),
         notes=(*job.notes, plan_note(plan)),
     )
 
@@ -87,6 +89,6 @@ def plan_note(plan: Plan) -> str:
     """One sentence for the report: what was planned for the limit."""
     return (
         f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
-        f"layers and {plan.batch_size} samples at a time, {plan.passes} passes over the data of a round, a peak of "
+        f"layers and {plan.batch_tokens} tokens at a time, {plan.passes} passes over the data of a round, a peak of "
         f"{size_text(plan.peak_bytes)}"
     )

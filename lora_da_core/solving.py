@@ -29,7 +29,7 @@ ORTHONORMAL = 1e-3
 """Largest |UᵀU − I| that counts as orthonormal; solvers in float32 stay far below."""
 
 
-NORM_TOLERANCE = 1e-4
+NORM_TOLERANCE = 1e-3
 """Relative error that σ² may have where a solver works to a tolerance at all.
 
 σ only scales a layer's solution, and the vector that belongs to it is not used.

@@ -297,17 +297,19 @@ def test_a_limit_divides_the_run_as_planned(monkeypatch: pytest.MonkeyPatch) -> 
         pipeline.run(model, batches, LORA, max_memory=least - 1)
     sizes: list[int] = []
     samples: list[int] = []
+    tokens: list[int] = []
     estimate = rounds.estimate
 
     def counted(task: capture.CaptureTask, batches: Any, *args: Any) -> Any:
         sizes.append(len(task.specs))
         samples.extend(len(batch["labels"]) for batch in batches)
+        tokens.extend(batch["labels"].numel() for batch in batches)
         return estimate(task, batches, *args)
 
     monkeypatch.setattr(rounds, "estimate", counted)
     narrow = pipeline.run(model, batches, LORA, max_memory=least)
     assert sum(sizes) == 14 and len(sizes) > 4
-    taken = f"at most {max(sizes)} of 14 layers and {max(samples)} samples at a time, {len(sizes)} passes"
+    taken = f"at most {max(sizes)} of 14 layers and {max(tokens)} tokens at a time, {len(sizes)} passes"
     assert max(samples) < max(len(batch["labels"]) for batch in batches)
     wide = pipeline.run(model, batches, LORA, max_memory="1GiB")
     assert any("at most 14 of 14 layers" in note for note in wide.report.notes)
