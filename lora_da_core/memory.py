@@ -134,7 +134,7 @@ class Plan:
         layers: How many layers are adapted.
         layers_per_pass: How many of them at most have their statistics taken in one pass.
         parts: The names of the layers of each pass.
-        batch_size: Samples of the greatest length in a batch: those of the workload, or fewer where the limit asks for it.
+        batch_size: Samples of the greatest length in a batch: the workload's, or fewer where the limit asks for it.
         batch_tokens: The tokens of such a batch.
         max_memory: The limit that was given.
         fits: Whether the peak is within the limit.

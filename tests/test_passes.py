@@ -285,6 +285,22 @@ def test_groups_stay_whole() -> None:
     assert halved([["q", "k", "v", "o"], ["gate", "up"]], groups) == [["q", "k", "v"], ["o"], ["gate", "up"]]
 
 
+def test_batches_are_cut_by_tokens_and_keep_every_sample() -> None:
+    batches = [
+        {"labels": torch.arange(rows * length).view(rows, length), "flag": 7} for rows, length in ((5, 8), (9, 2))
+    ]
+    parts = cut(batches, 2, 16)
+    assert [tuple(part["labels"].shape) for part in parts] == [(2, 8), (2, 8), (1, 8), (8, 2), (1, 2)]
+    assert torch.equal(torch.cat([part["labels"] for part in parts[:3]]), batches[0]["labels"])
+    assert all(part["flag"] == 7 for part in parts)
+    classes = [{"labels": torch.arange(5)}]
+    assert [len(part["labels"]) for part in cut(classes, 2, 16)] == [2, 2, 1]
+    found = workload_of(batches)
+    assert (found.samples, found.max_length, found.tokens, found.batch_size) == (14, 8, 58, 5)
+    # Nine samples of two tokens are a batch of no more than three of eight.
+    assert workload_of([batches[1], {"labels": torch.zeros(1, 8)}]).batch_size == 3
+
+
 def test_a_limit_divides_the_run_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = make_tiny_llama(), make_batches(make_samples())
     pipeline = lora_da_core.build_pipeline(config=FIXED)
