@@ -1,8 +1,8 @@
 """LoRA-DA on Llama-2-7B shapes against PEFT's LoRA-GA, in one process on one GPU.
 
 Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, length-sorted batches of at most
-3,584 tokens. All but `paper` are warmed up on two batches. Then rounds: each program once per round, until `--repetitions`
-or `--time-limit`; medians are reported, and what is known is printed and written after every run. After the first
+3,584 tokens. All but `paper` are warmed up on two batches. Then rounds: each program once per round, until
+`--repetitions` or `--time-limit`; medians are reported, and what is known is printed and written after every run. After the first
 round: a profile of the solve, and the check of the presets by other code in float64 (`benchmarks.exact`): the residual
 of every layer, the angle of some. With `--max-memory` the `robust` preset with a fixed scale runs within each limit
 as well, and the plan's peak stands beside the measured one.

@@ -18,6 +18,8 @@ from torch.nn import functional
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, capture, rounds
+from lora_da_core.batches import cut
+from lora_da_core.budget import workload_of
 from lora_da_core.passes import divided_layers, halved, input_groups
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
