@@ -2,10 +2,10 @@
 
 Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, length-sorted batches of at most
 3,584 tokens. All but `paper` are warmed up on two batches. Then rounds: each program once per round, until
-`--repetitions` or `--time-limit`; medians are reported, and what is known is printed and written after every run. After the first
-round: a profile of the solve, and the check of the presets by other code in float64 (`benchmarks.exact`): the residual
-of every layer, the angle of some. With `--max-memory` the `robust` preset with a fixed scale runs within each limit
-as well, and the plan's peak stands beside the measured one.
+`--repetitions` or `--time-limit`; medians are reported, and what is known is printed and written after every run. After
+the first round: a profile of the solve, and the check of the presets by other code in float64 (`benchmarks.exact`): the
+residual of every layer, the angle of some. With `--max-memory` the `robust` preset with a fixed scale runs within each
+limit as well, and the plan's peak stands beside the measured one.
 
     python -m benchmarks.gpu_7b [--programs lora_ga,fixed,robust,paper] [--max-memory 24GiB,62GiB] [--repetitions 3]
         [--time-limit 540] [--layers 32] [--samples 256] [--output FILE]
