@@ -271,8 +271,8 @@ def test_passes_of_the_estimator_count():
 
 
 def test_what_does_not_fit_is_named_with_a_remedy():
-    plan = plan_of(pipeline(), max_memory="100KiB")
-    assert not plan.fits
+    plan = plan_of(pipeline(), max_memory="100KiB", workload=Workload(4, 400))
+    assert not plan.fits and plan.batch_size == 1
     assert "above the limit of 100.0 KiB" in plan.notes[-1] and "is activations of a batch" in plan.notes[-1]
     assert "lower the batch size" in plan.notes[-1]
     heavy = plan_of(pipeline(), llama(vocab_size=20000), max_memory="100KiB", workload=Workload(1, 2))
