@@ -1,12 +1,14 @@
 """LoRA-DA on Llama-2-7B shapes against PEFT's LoRA-GA, in one process on one GPU.
 
 Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear layers, length-sorted batches of at most
-3,584 tokens. Every program is warmed up on two batches. Then rounds: each program once per round, until `--repetitions`
-or `--time-limit`; medians are reported, and what is known is printed and written after every run. After the first
-round: a profile of the solve, and the check of both presets by other code in float64 (`benchmarks.exact`): the residual
-of every layer, the angle of some.
+3,584 tokens. All but `paper` are warmed up on two batches. Then rounds: each program once per round, until
+`--repetitions` or `--time-limit`; medians are reported, and what is known is printed and written after every run. After
+the first round: a profile of the solve, and the check of the presets by other code in float64 (`benchmarks.exact`): the
+residual of every layer, the angle of some. With `--max-memory` the `robust` preset with a fixed scale runs within each
+limit as well, and the plan's peak stands beside the measured one.
 
-    python -m benchmarks.gpu_7b [--layers 32] [--samples 256] [--repetitions 3] [--time-limit 540] [--output FILE]
+    python -m benchmarks.gpu_7b [--programs lora_ga,fixed,robust,paper] [--max-memory 24GiB,62GiB] [--repetitions 3]
+        [--time-limit 540] [--layers 32] [--samples 256] [--output FILE]
 """
 
 from __future__ import annotations
@@ -30,10 +32,20 @@ import lora_da_core
 from benchmarks.exact import ExactOmega, orthonormal_rows
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import SOLVE, timed, wait
+from lora_da_core.budget import workload_of
 
 GIB = 2**30
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-REFERENCE = "peft lora_ga"
+PROGRAMS = {
+    "lora_ga": "peft lora_ga",
+    "fixed": "lora_da robust, fixed scale",
+    "robust": "lora_da robust",
+    "paper": "lora_da paper",
+}
+CHECKED = ("fixed", "paper")
+WARMED_UP = ("lora_ga", "fixed", "robust")
+"""Not `paper`: undamped, the inputs' moments of two batches are singular, and it would take longer than on all."""
+REFERENCE = PROGRAMS["lora_ga"]
 
 
 def main() -> None:
@@ -45,13 +57,17 @@ def main() -> None:
     # By name: PEFT's LoRA-GA does not know "all-linear".
     lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=list(LINEAR), task_type="CAUSAL_LM")
     pipelines = _pipelines()
-    programs = _programs(model, lora, pipelines)
+    programs = _programs(model, lora, pipelines, options)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     figures: dict[str, Any] = {"layers": options.layers, "samples": options.samples, "tokens": tokens, "rows": {}}
     print(machine(), flush=True)
+    limits = {}
+    for limit in options.max_memory:
+        limits[_limited(limit)] = _plan(model, batches, lora, pipelines["fixed"], limit)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
-    for program in programs.values():
-        program(batches[-2:])
+    for name in WARMED_UP:
+        if PROGRAMS[name] in programs:
+            programs[PROGRAMS[name]](batches[-2:])
     for number in range(options.repetitions):
         for name, program in programs.items():
             if number and time.monotonic() > deadline:
@@ -59,14 +75,18 @@ def main() -> None:
                 return
             runs[name].append(_measured(program, batches))
             figures["rows"][name] = _summary(runs[name])
-            ratio = figures["rows"][name]["seconds"] / figures["rows"][REFERENCE]["seconds"]
-            figures["rows"][name]["ratio_to_lora_ga"] = ratio
+            if REFERENCE in figures["rows"]:
+                ratio = figures["rows"][name]["seconds"] / figures["rows"][REFERENCE]["seconds"]
+                figures["rows"][name]["ratio_to_lora_ga"] = ratio
+            if name in limits:
+                figures["rows"][name]["plan"] = limits[name]
             print(f"{name}: {figures['rows'][name]}", flush=True)
             write_json(Path(options.output), figures)
         if number == 0:
-            for preset in ("robust, fixed scale", "paper"):
-                figures[f"check {preset}"] = _check(model, batches, lora, pipelines[preset], options)
-                write_json(Path(options.output), figures)
+            for key in CHECKED:
+                if key in options.programs and not options.skip_check:
+                    figures[f"check {key}"] = _check(model, batches, lora, pipelines[key], options)
+                    write_json(Path(options.output), figures)
 
 
 def _options() -> argparse.Namespace:
@@ -77,6 +97,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=3584, help="of a batch, padding included")
+    parser.add_argument("--programs", type=lambda text: text.split(","), default=list(PROGRAMS))
+    parser.add_argument("--max-memory", type=lambda text: text.split(","), default=[])
+    parser.add_argument("--skip-check", action="store_true", help="no profile, no check in float64")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no further run starts after them")
     parser.add_argument("--device", default="cuda")
@@ -125,14 +148,34 @@ def _batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
 def _pipelines() -> dict[str, Any]:
     robust = lora_da_core.build_pipeline()
     fixed = lora_da_core.build_pipeline(config=dataclasses.replace(robust.config, scale="fixed"))
-    return {
-        "robust, fixed scale": fixed,
-        "robust": robust,
-        "paper": lora_da_core.build_pipeline(preset="paper"),
+    return {"fixed": fixed, "robust": robust, "paper": lora_da_core.build_pipeline(preset="paper")}
+
+
+def _limited(limit: str) -> str:
+    return f"{PROGRAMS['fixed']}, within {limit}"
+
+
+def _plan(model: Any, batches: Any, lora: LoraConfig, pipeline: Any, limit: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    plan = lora_da_core.estimate_memory(model, lora, pipeline=pipeline, workload=workload_of(batches), max_memory=limit)
+    found = {
+        "peak_gib": plan.peak_bytes / GIB,
+        "passes": plan.passes,
+        "layers_per_pass": plan.layers_per_pass,
+        "batch_size": plan.batch_size,
+        "relative_time": plan.relative_time,
+        "fits": plan.fits,
+        "phases_gib": {phase: size / GIB for phase, size in plan.phases().items()},
+        "rows_gib": [(row.phase, row.what, row.bytes / GIB) for row in plan.rows],
+        "seconds_to_plan": time.perf_counter() - start,
     }
+    print(f"plan within {limit}: {found}", flush=True)
+    return found
 
 
-def _programs(model: Any, lora: LoraConfig, pipelines: dict[str, Any]) -> dict[str, Callable[[Any], Any]]:
+def _programs(
+    model: Any, lora: LoraConfig, pipelines: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Callable[[Any], Any]]:
     device = next(model.parameters()).device
 
     def lora_ga(batches: Any) -> None:
@@ -149,10 +192,12 @@ def _programs(model: Any, lora: LoraConfig, pipelines: dict[str, Any]) -> dict[s
             for name in [name for name in vars(module) if name.startswith("_peft_loraga")]:
                 delattr(module, name)
 
-    def run_of(pipeline: Any) -> Callable[[Any], Any]:
-        return lambda batches: pipeline.run(model, batches, lora).report
+    def run_of(pipeline: Any, **more: Any) -> Callable[[Any], Any]:
+        return lambda batches: pipeline.run(model, batches, lora, **more).report
 
-    return {REFERENCE: lora_ga, **{f"lora_da {name}": run_of(pipeline) for name, pipeline in pipelines.items()}}
+    programs = {"lora_ga": lora_ga, **{key: run_of(pipeline) for key, pipeline in pipelines.items()}}
+    chosen = {PROGRAMS[key]: programs[key] for key in options.programs}
+    return chosen | {_limited(limit): run_of(pipelines["fixed"], max_memory=limit) for limit in options.max_memory}
 
 
 def _measured(program: Callable[[Any], Any], batches: Any) -> dict[str, Any]:

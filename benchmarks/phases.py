@@ -10,15 +10,20 @@ from typing import Any
 import torch
 
 from lora_da_core import rounds, solving
-from lora_da_core.operators import Stacked
-from lora_da_estimators import kfac
+from lora_da_core.operators import Dense, Stacked
+from lora_da_estimators import _factors, kfac
 from lora_da_solvers import _subspace
 
 SOLVE: Mapping[str, tuple[Any, str]] = {
     "prepare": (solving.LayerSolver, "prepare"),
     "prepare: factorise Z": (kfac, "damp_dense"),
     "prepare: Y": (kfac, "damp_diagonal"),
-    "solve: σ and Ω": (solving.LayerSolver, "_smallest"),
+    "prepare: invert Z": (_factors, "inverse_from_cholesky"),
+    "prepare: form Δ": (solving, "formed"),
+    "solve: form Ω": (solving, "stored"),
+    "solve: Ω, and σ where Ω does not tell it": (solving.LayerSolver, "_smallest"),
+    "solve: σ": (solving.LayerSolver, "_norms"),
+    "solve: products of stored matrices": (Dense, "matmat"),
     "solve: products of batches": (Stacked, "matmat"),
     "solve: orthonormalise": (_subspace.Subspace, "orthonormalise"),
     "solve: small eigenproblems": (_subspace.Subspace, "ritz"),

@@ -1,4 +1,4 @@
-"""Predicted against measured peak memory of runs on random Llama models.
+"""Predicted against measured peak memory, and time of the passes, of runs on random Llama models.
 
 The plan is made on the meta device, from the configuration alone, for batches as large as those of the run, which are
 padded and of which every token is a label. What a run takes beyond the weights is measured as the growth of the
@@ -6,6 +6,9 @@ resident set on a CPU, of the allocations on a GPU; errors are of that growth, w
 
 glibc keeps blocks of up to 32 MiB that were freed, which a resident set shows and a plan does not know. So it is told
 to give them back; `--keep-freed` leaves it as it is, to see what that takes.
+
+Time is predicted from the throughput of a pass over the first batch alone, all layers tapped, median of three; what is
+measured is the phase over the data of the whole run, in as many passes as the case says.
 
     python -m benchmarks.plan_accuracy [--only NAME,…] [--device cpu] [--keep-freed] [--output FILE.json]
 """
@@ -31,6 +34,7 @@ from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.memory import Workload
 
 MIB = 2**20
+_THROUGHPUT_RUNS = 3
 _M_MMAP_THRESHOLD = -3
 """glibc's number of the size from which on a block is mapped by itself, and given back as soon as it is freed."""
 
@@ -55,11 +59,15 @@ class Case:
     solver: Any = "auto"
     scale: str = "fixed"
     dtype: str = "float32"
+    layers_per_pass: int | str = "auto"
 
 
 CASES = (
     Case("kfac"),
     Case("kfac, line search", scale="auto"),
+    Case("kfac, two passes", layers_per_pass=14),
+    Case("kfac, a pass per input", layers_per_pass=1, blocks=2),
+    Case("kfac, more samples", hidden=512, inner=1408, heads=8, kv_heads=8, samples=48),
     Case("kfac, large batch", hidden=512, inner=1408, heads=8, kv_heads=8, blocks=8, samples=16, length=128, batch=16),
     Case("kfac, large vocabulary", hidden=512, inner=1408, heads=8, kv_heads=8, vocabulary=64000, batch=8),
     Case("kfac, rank 64", rank=64, blocks=3),
@@ -84,7 +92,8 @@ def main() -> None:
     device = torch.device(options.device)
     returned = not options.keep_freed and _return_freed_memory()
     wanted = set(options.only.split(",")) if options.only else {case.name for case in CASES}
-    _measured(replace(CASES[0], hidden=64, inner=128, heads=4, kv_heads=4, vocabulary=100), device)  # warm-up
+    small = replace(CASES[0], hidden=64, inner=128, heads=4, kv_heads=4, vocabulary=100)
+    _measured(small, _model(small, device), _batches(small))  # warm-up
     rows = []
     for case in CASES:
         if case.name in wanted:
@@ -95,6 +104,7 @@ def main() -> None:
         "rows": rows,
         "freed_memory_is_returned": returned,
         "within_15_percent": sum(error <= 0.15 for error in errors),
+        "times_within_40_percent": sum(abs(row["error_of_time"]) <= 0.4 for row in rows),
         "median_error": statistics.median(errors),
         "largest_error": max(errors),
     }
@@ -130,10 +140,12 @@ def _compared(case: Case, device: torch.device) -> dict[str, Any]:
         device=device,
     )
     planned = time.perf_counter() - start
+    model, batches = _model(case, device), _batches(case)
+    seconds = plan.relative_time * plan.tokens / _throughput(case, model, batches)
     weights = next(row.bytes for row in plan.rows if row.what == "weights")
     predicted = plan.peak_bytes - weights
     start = time.perf_counter()
-    measured = _measured(case, device)
+    measured, passes = _measured(case, model, batches)
     return {
         "weights": weights,
         "predicted": predicted,
@@ -141,25 +153,46 @@ def _compared(case: Case, device: torch.device) -> dict[str, Any]:
         "error": predicted / measured - 1,
         "error_of_the_whole": (predicted + weights) / (measured + weights) - 1,
         "phases": {phase: size - weights for phase, size in plan.phases().items()},
+        "predicted_seconds": seconds,
+        "measured_seconds": passes,
+        "error_of_time": seconds / passes - 1,
+        "passes": plan.passes,
         "seconds_planning": planned,
         "seconds_run": time.perf_counter() - start,
     }
 
 
-def _measured(case: Case, device: torch.device) -> int:
-    """Bytes that a run takes beyond the weights."""
+def _measured(case: Case, model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[int, float]:
+    """Bytes that a run takes beyond the weights, and seconds of its passes."""
+    pipeline, lora = _pipeline(case), _lora(case)
+    with PeakMemory(model.device) as memory:
+        report = pipeline.run(model, batches, lora).report
+    return memory.peak, report.seconds["statistics"]
+
+
+def _throughput(case: Case, model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Tokens per second of one pass over the first batch, every layer tapped."""
+    pipeline, lora = _pipeline(case), _lora(case)
+    found = []
+    for _ in range(_THROUGHPUT_RUNS + 1):
+        seconds = pipeline.estimate(model, batches[:1], lora).seconds["statistics"]
+        found.append(pipeline.components.estimator.passes * batches[0]["input_ids"].numel() / seconds)
+    return statistics.median(found[1:])
+
+
+def _model(case: Case, device: torch.device) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(_config(case)).to(device, getattr(torch, case.dtype))
-    ids = torch.randint(0, case.vocabulary, (case.samples, case.length))
+    return LlamaForCausalLM(_config(case)).to(device, getattr(torch, case.dtype))
+
+
+def _batches(case: Case) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, case.vocabulary, (case.samples, case.length), generator=torch.Generator().manual_seed(0))
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(case.batch)
     ]
     for batch in batches:
         batch["attention_mask"][0, -1] = 0  # padding, so that attention takes a mask
-    pipeline, lora = _pipeline(case), _lora(case)
-    with PeakMemory(device) as memory:
-        pipeline.run(model, batches, lora)
-    return memory.peak
+    return batches
 
 
 def _config(case: Case) -> LlamaConfig:
@@ -178,15 +211,19 @@ def _lora(case: Case) -> LoraConfig:
 
 
 def _pipeline(case: Case) -> lora_da_core.Pipeline:
-    config = lora_da_core.LoraDAConfig(scale=case.scale)  # type: ignore[arg-type]
+    config = lora_da_core.LoraDAConfig(
+        scale=case.scale,  # type: ignore[arg-type]
+        layers_per_pass=case.layers_per_pass,  # type: ignore[arg-type]
+    )
     return lora_da_core.build_pipeline(case.estimator, case.solver, case.gradient, config=config)
 
 
 def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['name']:<26} predicted {row['predicted'] / MIB:7.0f} MiB, measured {row['measured'] / MIB:7.0f} MiB, "
-        f"error {row['error']:+6.1%} (of the whole {row['error_of_the_whole']:+6.1%}), "
-        f"planned in {row['seconds_planning']:.1f} s, run in {row['seconds_run']:.1f} s"
+        f"error {row['error']:+6.1%} (of the whole {row['error_of_the_whole']:+6.1%}); passes {row['passes']}, "
+        f"predicted {row['predicted_seconds']:.1f} s, measured {row['measured_seconds']:.1f} s, error "
+        f"{row['error_of_time']:+6.1%}; planned in {row['seconds_planning']:.1f} s, run in {row['seconds_run']:.1f} s"
     )
 
 

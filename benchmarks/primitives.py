@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import wait
+from lora_da_core.wide_products import gram, product
+from lora_da_estimators._inverses import inverse_from_cholesky
 from lora_da_solvers._subspace import cholesky_qr
 
 _LARGEST_STACKED = 4096
@@ -30,7 +32,7 @@ def main() -> None:
         for dtype in (torch.float64, torch.float32):
             for name, work in primitives(size, options.batch, dtype, options.device):
                 rows.append({"size": size, "dtype": str(dtype), "primitive": name, "seconds": seconds(work)})
-                print(f"{size:>6} {dtype!s:<14} {name:<44} {1e3 * rows[-1]['seconds']:9.3f} ms", flush=True)
+                print(f"{size:>6} {dtype!s:<14} {name:<52} {1e3 * rows[-1]['seconds']:9.3f} ms", flush=True)
     print(machine())
     write_json(Path(options.output), {"batch": options.batch, "device": options.device, "rows": rows})
 
@@ -56,10 +58,15 @@ def primitives(size: int, batch: int, dtype: torch.dtype, device: str) -> Iterat
     blocks = torch.randn(batch, size, 8, dtype=dtype, device=device, generator=generator)
     small = torch.randn(batch, 104, 104, dtype=torch.float64, device=device, generator=generator)
     small = small + small.mT
+    narrow = small.float()
     together = torch.stack([inverse] * min(batch, 4)) if size <= _LARGEST_STACKED else None
     yield "Cholesky", lambda: torch.linalg.cholesky_ex(matrix)
     yield "inverse from Cholesky", lambda: torch.cholesky_inverse(root)
-    yield "inverse from triangular inverse", lambda: gram_of_inverse(root)
+    yield "inverse by large products", lambda: inverse_from_cholesky(root.clone())
+    yield "inverse times a square matrix", lambda: inverse @ matrix
+    yield "inverse times a square matrix in parts of bfloat16", lambda: product(inverse, matrix)
+    yield "Gram matrix", lambda: inverse @ inverse.mT
+    yield "Gram matrix in parts of bfloat16", lambda: gram(inverse)
     yield "solve with Cholesky, 8 columns", lambda: torch.cholesky_solve(blocks[0], root)
     yield "inverse times 8 columns", lambda: inverse @ blocks[0]
     yield "inverse times 32 columns", lambda: inverse @ blocks[0].repeat(1, 4)
@@ -68,14 +75,9 @@ def primitives(size: int, batch: int, dtype: torch.dtype, device: str) -> Iterat
     yield f"Householder QR, {batch} blocks of 8", lambda: torch.linalg.qr(blocks)
     yield f"Cholesky QR, {batch} blocks of 8", lambda: cholesky_qr(blocks)
     yield f"eigh of {batch} × 104², float64, device", lambda: torch.linalg.eigh(small)
+    yield f"eigh of {batch} × 104², float32, device", lambda: torch.linalg.eigh(narrow)
     yield f"eigh of {batch} × 104², float64, host", lambda: torch.linalg.eigh(small.cpu())
-
-
-def gram_of_inverse(root: torch.Tensor) -> torch.Tensor:
-    """(LLᵀ)⁻¹ = L⁻ᵀL⁻¹ by large products alone: more arithmetic than `cholesky_inverse`, of a faster kind."""
-    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
-    inverse = torch.linalg.solve_triangular(root, eye, upper=False)
-    return inverse.mT @ inverse
+    yield f"eigh of {batch} × 104², float64, host, one at a time", lambda: [torch.linalg.eigh(m) for m in small.cpu()]
 
 
 def seconds(work: Callable[[], Any]) -> float:

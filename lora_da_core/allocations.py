@@ -11,13 +11,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ANSWERS = {torch.bool: True, torch.float64: 1.0, torch.float32: 1.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+_EIGH = torch.ops.aten._linalg_eigh.default
+_EIGH_WORKSPACE = 2
+"""Matrices that LAPACK's divide and conquer (`syevd`) works in beside its answer."""
 _READ = torch.ops.aten._local_scalar_dense.default
+
+
+def _of_one(matrices: Tensor) -> int:
+    """Bytes of one matrix of a batch: they are decomposed one after the other."""
+    return matrices.shape[-2] * matrices.shape[-1] * matrices.itemsize
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators within the block have made and that still live.
 
-    What an operator takes for itself and gives back before it returns is not seen. Where `answers` is set, code that
+    What an operator takes for itself and gives back before it returns is not seen, but for the workspace of `eigh`,
+    which is larger than its answer. Where `answers` is set, code that
     asks a tensor for its value gets one (True, 1): a fake tensor has none.
 
     Attributes:
@@ -41,7 +50,8 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for made in outcome if isinstance(outcome, (tuple, list)) else (outcome,):
             if isinstance(made, Tensor):
                 self._count(made)
-        self.peak = max(self.peak, self.live)
+        workspace = _EIGH_WORKSPACE * _of_one(args[0]) if func is _EIGH else 0
+        self.peak = max(self.peak, self.live + workspace)
         return outcome
 
     def restart(self) -> None:

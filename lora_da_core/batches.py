@@ -87,6 +87,21 @@ def take_rows(batch: Batch, rows: Tensor) -> Batch:
     }
 
 
+def cut(batches: Iterable[Batch], samples: int, tokens: int) -> list[Batch]:
+    """The same samples in batches of at most so many, or more where they are short enough to keep within the tokens."""
+    parts: list[Batch] = []
+    for batch in batches:
+        count = len(batch["labels"])
+        length = batch["labels"].numel() // max(1, count)
+        # One label per sample does not tell how long samples are.
+        most = max(samples, tokens // length) if length > 1 else samples
+        if count <= most:
+            parts.append(batch)
+            continue
+        parts += [take_rows(batch, torch.arange(start, min(start + most, count))) for start in range(0, count, most)]
+    return parts
+
+
 def first_samples(batches: Iterable[Batch], samples: int | None, beyond: int = 0) -> tuple[list[Batch], list[Batch]]:
     """The batches up to `samples` samples, and those of the samples that follow; batches are cut where needed.
 

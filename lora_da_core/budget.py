@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.batches import cut
 from lora_da_core.errors import OptionError
+from lora_da_core.estimation import Job
 from lora_da_core.memory import Plan, Workload, estimate_memory, size_text
 from lora_da_core.placement import largest_module_bytes, resident_bytes
 from lora_da_core.types import Batch
@@ -30,6 +33,8 @@ def workload_of(batches: Sequence[Batch]) -> Workload:
         The workload, padding counted as tokens.
     """
     labels: list[Tensor] = [batch["labels"] for batch in batches]
+    # Batches of shorter samples hold more of them: what counts is the batch of most tokens.
+    largest = max(each.numel() for each in labels)
     # Whoever has one label per sample has no length that labels tell; a plan knows no shorter sample than 2 tokens.
     texts = max(each.shape[1] if each.ndim == 3 else 1 for each in labels)
     lengths = [max(2, each[0].numel() // texts) for each in labels if len(each)]
@@ -37,7 +42,7 @@ def workload_of(batches: Sequence[Batch]) -> Workload:
         samples=sum(map(len, labels)),
         max_length=max(lengths),
         tokens=sum(each.numel() for each in labels),
-        batch_size=max(map(len, labels)),
+        batch_size=min(max(map(len, labels)), -(-largest // (texts * max(lengths)))),
         texts=texts,
     )
 
@@ -105,9 +110,21 @@ def resident_within(
     return max(0, max_memory - (plan().peak_bytes - resident_bytes(shapes)) - largest_module_bytes(shapes))
 
 
+def within(plan: Plan, job: Job) -> Job:
+    """The job in batches of the plan's size, with a note of what was planned."""
+    return replace(
+        job,
+        batches=cut(job.batches, plan.batch_size, plan.batch_tokens),
+        later=[cut(batches, plan.batch_size, plan.batch_tokens) for batches in job.later],
+        unseen=cut(job.unseen, plan.batch_size, plan.batch_tokens),
+        notes=(*job.notes, plan_note(plan)),
+    )
+
+
 def plan_note(plan: Plan) -> str:
     """One sentence for the report: what was planned for the limit."""
     return (
         f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
-        f"layers at a time, {plan.passes} passes over the data of a round, a peak of {size_text(plan.peak_bytes)}"
+        f"layers and {plan.batch_tokens} tokens at a time, {plan.passes} passes over the data of a round, a peak of "
+        f"{size_text(plan.peak_bytes)}"
     )

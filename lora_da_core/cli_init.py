@@ -49,9 +49,15 @@ class Assembled:
 
     pipeline: Pipeline
     loaded: LoadedModel
-    batches: list[Batch]
+    taken: list[Batch]
+    unseen: list[Batch]
     lora: LoraConfig
     notes: tuple[str, ...]
+
+    @property
+    def batches(self) -> list[Batch]:
+        """What is estimated from, and what follows it for the line search."""
+        return [*self.taken, *self.unseen]
 
 
 def init(options: InitOptions) -> None:
@@ -69,11 +75,14 @@ def init(options: InitOptions) -> None:
 
 def _init_in(world: World, options: InitOptions) -> None:
     from lora_da_core import adapter, storage
+    from lora_da_core.ablation.memory import PeakMemory
+    from lora_da_core.cli_plan import forecast, outcome
     from lora_da_core.progress import note, shown_progress
     from lora_da_core.report import plot_spectra
 
     _check_places(options)
     request = requested(options)
+    told: list[str] = []
     complete = options.resume and options.output.exists() and any(options.output.iterdir())
     # As rank 0 sees it: another process may look a moment later.
     if world.exchange("output", complete)[0]:
@@ -83,9 +92,12 @@ def _init_in(world: World, options: InitOptions) -> None:
         parts = assembled(request)
         for sentence in parts.notes:
             note(log, sentence)
-        with shown_progress(log) as on_progress:
+        model = parts.loaded.model
+        planned = forecast(parts.pipeline, model, parts.lora, parts.taken, options.max_memory)
+        device = next(model.parameters()).device
+        with shown_progress(log) as on_progress, PeakMemory(device) as memory:
             result = parts.pipeline.run(
-                parts.loaded.model,
+                model,
                 parts.batches,
                 parts.lora,
                 on_progress=on_progress,
@@ -96,8 +108,10 @@ def _init_in(world: World, options: InitOptions) -> None:
         if world.rank:
             return
         report = replace(result.report, notes=(*parts.notes, *result.report.notes))
+        kept = options.cache_dir or options.passes_dir
+        told = outcome(planned, memory.peak, report, cached=kept is not None)
         fitted = adapter.allocated_config(parts.lora, result.report.allocation)
-        peft_model = adapter.apply(parts.loaded.model, fitted, result.factors)
+        peft_model = adapter.apply(model, fitted, result.factors)
         storage.save_run(
             options.output,
             # The base's embeddings are not the adapter's to save, and asking whether they changed asks the hub.
@@ -113,6 +127,8 @@ def _init_in(world: World, options: InitOptions) -> None:
     if options.plot:
         plot_spectra(report, options.output / PICTURE_FILE)
     show(report, brief=len(report.layers) >= MANY_LAYERS)
+    for sentence in told:
+        typer.echo(sentence)
     typer.echo(f"saved to {options.output}")
 
 
@@ -204,12 +220,11 @@ def assembled(request: Request) -> Assembled:
         pipeline.config = replace(pipeline.config, population=samples.population)
         notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
     pipeline.config = replace(pipeline.config, samples=len(samples.samples))
-    batches: list[Batch] = [
-        batch
+    taken, unseen = (
+        data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
         for part in (samples.samples, samples.unseen)
-        for batch in data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
-    ]
-    return Assembled(pipeline, loaded, batches, request.lora, tuple(notes))
+    )
+    return Assembled(pipeline, loaded, taken, unseen, request.lora, tuple(notes))
 
 
 # Going on

@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_da_core.cli_options import component_choice, module_names
-from lora_da_core.errors import OptionError
+from lora_da_core.errors import LoraDAError, OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from peft import LoraConfig
     from rich.table import Table
+    from torch import nn
 
     from lora_da_core.memory import Plan, Workload
     from lora_da_core.models import ModelShapes
     from lora_da_core.pipeline import Pipeline
+    from lora_da_core.types import Batch, RunReport
 
 
 def _option(text: str, *names: str, **rest: Any) -> Any:
@@ -123,6 +128,62 @@ def plan(options: PlanOptions) -> None:
         _show(found, shapes, workload)
     if not found.fits:
         raise typer.Exit(1)
+
+
+def forecast(
+    pipeline: Pipeline, model: nn.Module, lora: LoraConfig, batches: Sequence[Batch], max_memory: str | None
+) -> Plan | str:
+    """The plan of a run that is about to begin.
+
+    Args:
+        pipeline: What will run.
+        model: The loaded model.
+        lora: The LoRA configuration.
+        batches: What is estimated from.
+        max_memory: The run's limit.
+
+    Returns:
+        The plan, or why there is none: a run does not need one.
+    """
+    from lora_da_core.budget import workload_of
+    from lora_da_core.memory import estimate_memory
+
+    try:
+        workload = workload_of(batches)
+        return estimate_memory(model, lora, pipeline=pipeline, workload=workload, max_memory=max_memory)
+    except LoraDAError as error:
+        return str(error)
+
+
+def outcome(planned: Plan | str, grown: int, report: RunReport, *, cached: bool) -> list[str]:
+    """What a run was planned to take beside what it took, and what a plan needs to tell time.
+
+    Args:
+        planned: From `forecast`.
+        grown: Most bytes that memory grew by during the run.
+        report: Its report.
+        cached: Whether statistics may have been read instead of taken.
+
+    Returns:
+        Sentences.
+    """
+    from lora_da_core.memory import size_text
+
+    if isinstance(planned, str):
+        return [f"memory: {size_text(grown)} beyond the weights; there is no plan to compare: {planned}"]
+    expected = planned.peak_bytes - planned.weights
+    passes = report.seconds.get("statistics", 0.0)
+    lines = [
+        f"memory beyond the weights ({size_text(planned.weights)}): planned {size_text(expected)}, measured "
+        f"{size_text(grown)} ({grown / expected - 1:+.0%})"
+    ]
+    if passes > 0 and not cached:
+        throughput = planned.tokens * planned.relative_time / passes
+        lines.append(
+            f"{_count(planned.passes, 'pass', 'passes')} over {planned.tokens:,} tokens in {passes:.1f} s: "
+            f"'lora-da plan --throughput {throughput:.0f}' tells the time of other runs of this model here"
+        )
+    return lines
 
 
 def _pipeline(options: PlanOptions) -> Pipeline:

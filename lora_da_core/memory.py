@@ -16,6 +16,7 @@ from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
 from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory_phases import Group, LayerBytes, Phases, PlanRow, by_phase, divided, statistics_of
+from lora_da_core.memory_time import relative_time
 from lora_da_core.memory_workspace import Tokens, WorkspaceProbe
 from lora_da_core.operators import accumulation_dtype
 from lora_da_core.placement import model_device, resident_bytes
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH = 2048
 """Tokens of a batch where no batch size is given, as `lora-da init` fills them."""
+
+BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+"""What a batch costs beside its tokens, in tokens: sums are read and written once a batch, and layers hooked.
+
+On an H200 a batch of 1,024 tokens of a 7B model took as long as one of 3,584: the host's part decides there.
+"""
 
 _UNITS = {"B": 1, "KB": 10**3, **{f"{p}B": 1000**n for n, p in enumerate("kMGTP", 1)}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGTP", 1)}
@@ -123,11 +130,17 @@ class Plan:
     Attributes:
         peak_bytes: Most bytes at a time: of the phase that takes most.
         passes: How often the data is read.
-        seconds: Time of these passes at the throughput that was given; None where none was.
+        seconds: Time of these passes at the throughput that was given; None where none was. A pass that taps some of
+            the layers takes less than one that taps all.
+        relative_time: What these passes take, in units of one over all layers.
+        tokens: Tokens that each of them reads.
+        weights: Bytes of the model.
         statistics_bytes: Statistics of all layers together.
         layers: How many layers are adapted.
         layers_per_pass: How many of them at most have their statistics taken in one pass.
         parts: The names of the layers of each pass.
+        batch_size: Samples of the greatest length in a batch: the workload's, or fewer where the limit asks for it.
+        batch_tokens: The tokens of such a batch.
         max_memory: The limit that was given.
         fits: Whether the peak is within the limit.
         rows: What the peak of every phase is made of.
@@ -137,10 +150,15 @@ class Plan:
     peak_bytes: int
     passes: int
     seconds: float | None
+    relative_time: float
+    tokens: int
+    weights: int
     statistics_bytes: int
     layers: int
     layers_per_pass: int
     parts: tuple[tuple[str, ...], ...]
+    batch_size: int
+    batch_tokens: int
     max_memory: int | None
     fits: bool
     rows: tuple[PlanRow, ...]
@@ -192,9 +210,9 @@ def estimate_memory(
         pipeline: The pipeline that will run.
         workload: The data; None takes 64 samples of 1024 tokens.
         device: Where it will run; None takes the model's device, for `meta` the CPU.
-        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among as many passes over the
-            data as it takes.
-        throughput: Tokens per second of a pass, as measured on that device.
+        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among passes over the data,
+            and batches cut into smaller ones, as takes least time.
+        throughput: Tokens per second of a pass over all layers, as measured on that device.
 
     Returns:
         The plan; with a limit that nothing meets, the smallest there is, with a note.
@@ -208,20 +226,24 @@ def estimate_memory(
     for name, value in (("max_memory", limit), ("throughput", throughput)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} is {value}; it must be above 0.")
-    layers = _Layers(model, pipeline, workload or Workload(), _device_of(model, device))
-    layers.read(peft_config)
-    parts, rows = _passes(layers, limit)
-    peak = max(by_phase(rows).values())
-    fits = limit is None or peak <= limit
-    passes = pipeline.components.estimator.passes * len(parts)
+    found = _divided(model, peft_config, pipeline, workload or Workload(), _device_of(model, device), limit)
+    layers, parts, rows = found.layers, found.parts, found.rows
+    peak, fits = found.peak, found.fits(limit)
+    each = pipeline.components.estimator.passes
+    passes, units = each * len(parts), each * layers.relative_time(parts)
     return Plan(
         peak_bytes=peak,
         passes=passes,
-        seconds=None if throughput is None else passes * layers.workload.total / throughput,
+        seconds=None if throughput is None else units * layers.workload.total / throughput,
+        relative_time=units,
+        tokens=layers.workload.total,
+        weights=layers.phases.weights,
         statistics_bytes=statistics_of(layers.groups),
         layers=len(layers.specs),
         layers_per_pass=max(sum(map(len, part)) for part in parts),
         parts=tuple(tuple(layer.spec.name for group in part for layer in group) for part in parts),
+        batch_size=layers.workload.batch.samples,
+        batch_tokens=layers.workload.batch.samples * layers.workload.batch.tokens,
         max_memory=limit,
         fits=fits,
         rows=tuple(rows),
@@ -236,8 +258,37 @@ def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.dev
     return torch.device("cpu") if found.type == "meta" else found
 
 
+def _divided(
+    model: nn.Module,
+    peft_config: LoraConfig | None,
+    pipeline: Pipeline,
+    workload: Workload,
+    device: torch.device,
+    limit: int | None,
+) -> _Division:
+    """The division of layers and batches that takes least time within the limit; without one, whole batches."""
+    best: _Division | None = None
+    size = workload.batch.samples
+    while True:
+        layers = _Layers(model, pipeline, replace(workload, batch_size=size), device)
+        layers.read(peft_config)
+        found = _Division(layers, *_passes(layers, limit))
+        better = best is None or found.rank(limit) < best.rank(limit)
+        # Smaller batches pay as long as they make fewer passes; once they do not, still smaller ones will not either.
+        if best is not None and best.fits(limit) and not better:
+            return best
+        best = found if better or best is None else best
+        if size == 1 or (found.fits(limit) and len(found.parts) == 1):
+            return best
+        size = -(-size // 2)
+
+
 def _passes(layers: _Layers, limit: int | None) -> tuple[Sequence[Sequence[Group]], list[PlanRow]]:
-    """The fewest passes that stay within the limit, or the most there can be; and their rows."""
+    """The passes of the configuration, or the fewest that stay within the limit, or the most; and their rows."""
+    most = layers.pipeline.config.layers_per_pass
+    if limit is None and most != "auto" and most < len(layers.specs):
+        parts = divided(layers.groups, most)
+        return parts, layers.divisible_phases().rows(parts)
     parts, rows = [layers.groups], layers.phases.rows([layers.groups])
     if limit is None or max(by_phase(rows).values()) <= limit:
         return parts, rows
@@ -292,6 +343,14 @@ class _Layers:
         self.notes += targets.notes
         probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config, self.device)
         layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
+        adapted = {id(module) for module in targets.modules.values()}
+        self.beside = sum(
+            math.prod(matrix.shape)
+            for module in adapter.base_of(self.model).modules()
+            if id(module) not in adapted and not isinstance(module, nn.Embedding)
+            for matrix in module.parameters(recurse=False)
+            if matrix.ndim > 1
+        )
         self.phases = self._phases({name: layer.workspace.update for name, layer in layers.items()})
         grouped: dict[str, list[LayerBytes]] = {}
         for name, layer in layers.items():
@@ -303,6 +362,10 @@ class _Layers:
         first = self.groups[0][0]
         tapped = {first.spec.name: first.workspace.update}
         return replace(self.phases, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+
+    def relative_time(self, parts: Sequence[Sequence[Group]]) -> float:
+        """What a pass over each part takes together, in units of one over all layers."""
+        return relative_time(parts, self.beside, backward=self._backward)
 
     @property
     def _backward(self) -> bool:
@@ -368,3 +431,26 @@ class _Layers:
             if note not in self.notes:
                 self.notes.append(note)
             return guess(base, batch, updates, backward=backward)
+
+
+@dataclass(frozen=True)
+class _Division:
+    """One way to divide a run, with the rows of its phases."""
+
+    layers: _Layers
+    parts: Sequence[Sequence[Group]]
+    rows: list[PlanRow]
+
+    @property
+    def peak(self) -> int:
+        return max(by_phase(self.rows).values())
+
+    def fits(self, limit: int | None) -> bool:
+        return limit is None or self.peak <= limit
+
+    def rank(self, limit: int | None) -> tuple[bool, float]:
+        """What fits before what does not; of the former the one that takes least time, of the latter least memory."""
+        if not self.fits(limit):
+            return True, self.peak
+        batch, beside = self.layers.workload.batch, BATCH_TOKENS.get(self.layers.device.type, BATCH_TOKENS["cpu"])
+        return False, self.layers.relative_time(self.parts) * (1 + beside / (batch.samples * batch.tokens))

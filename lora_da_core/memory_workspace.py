@@ -22,7 +22,7 @@ from lora_da_core.allocations import Allocations
 from lora_da_core.blame import blamed
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Solver
-from lora_da_core.omega import forms_step
+from lora_da_core.omega import forms_omega, forms_step
 from lora_da_core.operators import DenseMap, LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry
 from lora_da_core.solving import LayerSolver, PreparedLayer
@@ -176,6 +176,7 @@ class _Trial:
     def __init__(self, probe: WorkspaceProbe, full: LayerSpec, scale: float, data: _Data, dtype: torch.dtype) -> None:
         self.probe, self.spec, self.samples = probe, _shrunk(full, scale), data.samples
         self.forms_step = forms_step(full.in_features, full.out_features, probe.device)
+        self.stores_omega = forms_omega(full.in_features, full.out_features, probe.device)
         spec = self.spec
         generator = torch.Generator().manual_seed(0)
         sides = (spec.in_features, spec.out_features)
@@ -243,7 +244,7 @@ class _Trial:
             step, variance = fisher.step(gradient), fisher.inverse_input_trace()
             if self.forms_step:
                 step = DenseMap(step.to_dense())
-        return PreparedLayer(self.spec, fisher, step, variance, 0.0)
+        return PreparedLayer(self.spec, fisher, step, variance, 0.0, stores_omega=self.stores_omega)
 
     def _gradient(self, sums: Mapping[str, Tensor]) -> LinearMap:
         gradient = self.probe.gradient

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_da_core.factorisations import svd
-from lora_da_core.operators import DenseMap, LinearMap, NegatedGram, Scaled, Sum, SymmetricOperator
-from lora_da_core.types import LoraFactors, Pairing, Spectrum
+from lora_da_core.interfaces import LayerFisher
+from lora_da_core.operators import Dense, DenseMap, LinearMap, NegatedGram, Scaled, Sum, SymmetricOperator
+from lora_da_core.types import Curvature, LoraFactors, Pairing, Spectrum
 
 DENSE_STEP_ELEMENTS = 2**22
 """Up to this many elements Δ_raw is formed: fewer products per application than through the Fisher's factors."""
 
 ACCELERATOR_STEP_ELEMENTS = 2**26
 """The same on an accelerator, where a skinny product takes long for what it computes and a square one does not."""
+
+ACCELERATOR_OMEGA_ELEMENTS = 2**27
+"""Up to this many elements Ω is stored on an accelerator, where Δ_raw is: one product an application, not three."""
 
 DEFAULT_A_SCALE = 3.0**-0.5
 """RMS ratio between a default LoRA's A (uniform, ±1/√in) and an orthonormal one: both have r rows."""
@@ -39,6 +43,32 @@ class Omega(Sum):
     def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         """(βV/N + shift)⁻¹ where V offers it: the bias term has low rank and may be left out."""
         return None if self.variance is None else self.variance.preconditioner(shift)
+
+
+class StoredOmega(Dense):
+    """σ²Ω as a matrix; its preconditioner is that of its terms."""
+
+    def __init__(self, matrix: Tensor, terms: Omega) -> None:
+        super().__init__(matrix)
+        self._terms = terms
+
+    def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
+        return self._terms.preconditioner(shift)
+
+
+def stored(operators: Sequence[Omega]) -> tuple[Dense, list[StoredOmega]]:
+    """Several Ω of one order, dtype and device as one stored batch, and each of them as a part of it."""
+    first = operators[0]
+    whole = torch.empty(len(operators), first.size, first.size, dtype=first.dtype, device=first.device)
+    for matrix, operator in zip(whole, operators, strict=True):
+        matrix.copy_(operator.to_dense())
+    return Dense(whole), [StoredOmega(matrix, terms) for matrix, terms in zip(whole, operators, strict=True)]
+
+
+def forms_omega(rows: int, columns: int, device: torch.device) -> bool:
+    """Whether Ω of a Δ_raw (rows, columns) on that device is stored for its products."""
+    accelerated = device.type != "cpu"
+    return accelerated and forms_step(rows, columns, device) and rows**2 <= ACCELERATOR_OMEGA_ELEMENTS
 
 
 def forms_step(rows: int, columns: int, device: torch.device) -> bool:
@@ -95,6 +125,28 @@ def subspace(vectors: Tensor, step: LinearMap, sigma: float, scaling: float) -> 
         The layer's solution.
     """
     return Subspace(vectors, step.rmatmat(vectors) / sigma, scaling)
+
+
+def curvature_of(fisher: LayerFisher, gradient: LinearMap, basis: Tensor, projected: Tensor) -> Curvature:
+    """Slopes and Hessian of the directions d_i = projected_i basis_iᵀ, (out, in); one product with J for each.
+
+    Args:
+        fisher: J of the layer.
+        gradient: G, (out, in).
+        basis: (in, r).
+        projected: (out, r).
+
+    Returns:
+        Both on the CPU.
+    """
+    left, right = projected.double(), basis.double()
+    slopes = (gradient.matmat(basis.to(gradient.dtype)).double() * left).sum(0)
+    rows = []
+    for place in range(left.shape[1]):
+        product = fisher.apply(torch.outer(left[:, place], right[:, place])).double()
+        rows.append((left * (product @ right)).sum(0))
+    hessian = torch.stack(rows)
+    return Curvature(slopes.cpu(), (0.5 * (hessian + hessian.mT)).cpu())
 
 
 def fixed_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraFactors:

@@ -5,6 +5,7 @@ All tensors may carry leading batch dimensions: an operator on (…, size) multi
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.errors import OptionError
+from lora_da_core.wide_products import gram, product
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,6 +101,10 @@ class SymmetricOperator(ABC):
         """The trace, (…)."""
         return self.diagonal().sum(-1)
 
+    def norm_bound(self) -> float:
+        """A number that ‖self‖₂ of a single matrix does not exceed; infinite where none is cheap."""
+        return math.inf
+
     def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         """A cheap product with (self + shift·I)⁻¹ on blocks (size, k), or None where there is none."""
         return None
@@ -128,13 +134,17 @@ class Dense(SymmetricOperator):
         return self.matrix.shape[:-2]
 
     def matmat(self, block: Tensor) -> Tensor:
-        return self.matrix @ row_major(block)
+        return product(self.matrix, row_major(block))
 
     def to_dense(self) -> Tensor:
         return 0.5 * (self.matrix + self.matrix.mT)
 
     def diagonal(self) -> Tensor:
         return self.matrix.diagonal(dim1=-2, dim2=-1)
+
+    def norm_bound(self) -> float:
+        """‖·‖₁, which is no less than ‖·‖₂ where the matrix is symmetric."""
+        return float(torch.linalg.matrix_norm(self.matrix, 1))
 
 
 class Diagonal(SymmetricOperator):
@@ -167,6 +177,9 @@ class Diagonal(SymmetricOperator):
 
     def diagonal(self) -> Tensor:
         return self.entries
+
+    def norm_bound(self) -> float:
+        return float(self.entries.abs().max())
 
     def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         shifted = (self.entries + shift).unsqueeze(-1)
@@ -232,7 +245,10 @@ class Sum(SymmetricOperator):
         return total
 
     def to_dense(self) -> Tensor:
-        return torch.stack([term.to_dense() for term in self.terms]).sum(0)
+        total = self.terms[0].to_dense()
+        for term in self.terms[1:]:
+            total = total + term.to_dense()
+        return total
 
     def diagonal(self) -> Tensor:
         return torch.stack([term.diagonal() for term in self.terms]).sum(0)
@@ -266,6 +282,9 @@ class Scaled(SymmetricOperator):
 
     def to_dense(self) -> Tensor:
         return self.factor * self.operator.to_dense()
+
+    def norm_bound(self) -> float:
+        return abs(self.factor) * self.operator.norm_bound()
 
     def diagonal(self) -> Tensor:
         return self.factor * self.operator.diagonal()
@@ -377,10 +396,10 @@ class DenseMap(LinearMap):
         return self.matrix.device
 
     def matmat(self, block: Tensor) -> Tensor:
-        return self.matrix @ row_major(block)
+        return product(self.matrix, row_major(block))
 
     def rmatmat(self, block: Tensor) -> Tensor:
-        return self.matrix.mT @ row_major(block)
+        return product(self.matrix.mT, row_major(block))
 
     def to_dense(self) -> Tensor:
         return self.matrix
@@ -441,9 +460,7 @@ class NegatedGram(SymmetricOperator):
         return -self.weight * self.linear_map.matmat(self.linear_map.rmatmat(block))
 
     def to_dense(self) -> Tensor:
-        matrix = self.linear_map.to_dense()
-        gram = matrix @ matrix.mT
-        return -0.5 * self.weight * (gram + gram.mT)
+        return -self.weight * gram(self.linear_map.to_dense())
 
     def diagonal(self) -> Tensor:
         return -self.weight * self.linear_map.to_dense().square().sum(-1)

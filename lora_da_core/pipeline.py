@@ -17,7 +17,7 @@ from lora_da_core.agreement import agree
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.blame import blamed, shortage_named
-from lora_da_core.budget import plan_note, plan_within
+from lora_da_core.budget import plan_note, plan_within, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -141,7 +141,8 @@ class Pipeline:
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them. Where layers are
                 divided, the statistics of each part are kept.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
-                within by plan; layers are divided among as many passes as it takes. Libraries come on top.
+                within by plan; layers are divided among passes, and batches into smaller ones, as takes least time.
+                Libraries come on top.
             world: The processes that share the run, where the caller has brought them together; None does so here.
 
         Returns:
@@ -173,7 +174,7 @@ class Pipeline:
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
             plan = plan_within(self, model, peft_config, job.batches, max_memory)
             logger.info("%s", plan_note(plan))
-            return replace(job, notes=(*job.notes, plan_note(plan))), plan.parts
+            return within(plan, job), plan.parts
         if most == "auto" or most >= len(job.task.specs):
             return job, [[spec.name for spec in job.task.specs]]
         return job, divided_layers(input_groups(job.task, job.batches), most)

@@ -24,8 +24,9 @@ from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.shares import owners_of
-from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size, full_float32
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
 from lora_da_core.types import Batch, LayerSpec
+from lora_da_core.wide_products import full_float32
 
 logger = logging.getLogger(__name__)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,15 +18,16 @@ from lora_da_core.config import LoraDAConfig
 from lora_da_core.eigen_results import broken_down, fault_of, in_dtype_of, is_broken, member, relative_residual
 from lora_da_core.errors import ConvergenceError, OptionError, PluginError
 from lora_da_core.interfaces import FisherEstimator, LayerFisher, Solver
-from lora_da_core.omega import Subspace, formed, omega, subspace
+from lora_da_core.omega import Omega, Subspace, curvature_of, formed, forms_omega, omega, stored, subspace
 from lora_da_core.operators import Dense, LinearMap, NegatedGram, Stacked, SymmetricOperator
 from lora_da_core.registry import Registry
+from lora_da_core.step_norm import bracket
 from lora_da_core.types import Curvature, EigenResult, FisherStatistics, LayerSpec
 
 logger = logging.getLogger(__name__)
 
-NORM_TOLERANCE = 1e-4
-"""Relative residual that σ² is found to: its error is at most that, and of the order of the square where it has a gap.
+NORM_TOLERANCE = 1e-3
+"""Relative error that σ² may have where a solver works to a tolerance at all.
 
 σ only scales a layer's solution, and the vector that belongs to it is not used.
 """
@@ -81,7 +81,17 @@ class LayerSolution:
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """A layer's operators, ready to be solved; `seconds` is what making them took."""
+    """A layer's operators, ready to be solved.
+
+    Attributes:
+        spec: The layer.
+        fisher: Its Fisher.
+        step: Δ_raw, (in, out).
+        variance: V, (in, in).
+        seconds: What making them took.
+        gradient: G, where curvature is asked for.
+        stores_omega: Whether its Ω is to be stored.
+    """
 
     spec: LayerSpec
     fisher: LayerFisher
@@ -89,6 +99,7 @@ class PreparedLayer:
     variance: SymmetricOperator
     seconds: float
     gradient: LinearMap | None = None
+    stores_omega: bool = False
 
 
 class LayerSolver:
@@ -147,7 +158,8 @@ class LayerSolver:
             )
         self._check_products(step, variance, spec)
         kept = gradient if self.curvature else None
-        return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start, kept)
+        stores = forms_omega(*step.shape, step.device)
+        return PreparedLayer(spec, fisher, step, variance, time.perf_counter() - start, kept, stores)
 
     def solve(self, layers: Sequence[PreparedLayer], population: int) -> list[LayerSolution]:
         """Solves layers of one input size, rank, dtype and device together.
@@ -168,33 +180,61 @@ class LayerSolver:
         solver = self._solver_for(size, rank, device)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{config.seed}:{first.spec.name}".encode()))
         names = ", ".join(layer.spec.name for layer in layers)
-        grams = [NegatedGram(layer.step) for layer in layers]
-        norms = self._smallest(_for_norms(solver), grams, 1, generator, names)
         beta_over_n = config.beta / population
-        operators = [omega(layer.step, layer.variance, alpha=config.alpha, beta_over_n=beta_over_n) for layer in layers]
-        results = self._smallest(solver, operators, rank, generator, names)
+        terms = [omega(layer.step, layer.variance, alpha=config.alpha, beta_over_n=beta_over_n) for layer in layers]
+        whole, operators = _together(terms, stores=all(layer.stores_omega for layer in layers))
+        results = self._smallest(solver, whole, rank, generator, names)
+        norms = self._norms(layers, results, solver, beta_over_n, generator)
         each = (time.perf_counter() - start) / len(layers)
         return [
             self._solution(layer, operator, norm, result, solver, generator, each)
             for layer, operator, norm, result in zip(layers, operators, norms, results, strict=True)
         ]
 
+    def _norms(
+        self,
+        layers: Sequence[PreparedLayer],
+        results: Sequence[EigenResult],
+        solver: Solver[Any],
+        beta_over_n: float,
+        generator: torch.Generator,
+    ) -> list[float | EigenResult]:
+        """σ² of every layer where what was found of Ω tells it well enough, the solver's answer on −ΔΔᵀ elsewhere."""
+        known: dict[int, float | EigenResult] = {}
+        tolerant = _for_norms(solver)
+        if tolerant is not None:
+            for index, (layer, result) in enumerate(zip(layers, results, strict=True)):
+                if bool(result.converged):
+                    variance_norm = beta_over_n * layer.variance.norm_bound()
+                    bounds = bracket(layer.step, result, self.config.alpha, variance_norm)
+                    if bounds.within(NORM_TOLERANCE):
+                        known[index] = bounds.least
+        missing = [index for index in range(len(layers)) if index not in known]
+        if missing:
+            grams = [NegatedGram(layers[index].step) for index in missing]
+            names = ", ".join(layers[index].spec.name for index in missing)
+            whole = grams[0] if len(grams) == 1 else Stacked(grams)
+            known.update(zip(missing, self._smallest(tolerant or solver, whole, 1, generator, names), strict=True))
+        return [known[index] for index in range(len(layers))]
+
     def _solution(
         self,
         layer: PreparedLayer,
         operator: SymmetricOperator,
-        norm: EigenResult,
+        norm: float | EigenResult,
         result: EigenResult,
         solver: Solver[Any],
         generator: torch.Generator,
         seconds: float,
     ) -> LayerSolution:
         start, spec, config = time.perf_counter(), layer.spec, self.config
-        remedies = [*layer.fisher.remedies, *norm.remedies, *result.remedies]
-        if not bool(norm.converged):
-            gram = NegatedGram(layer.step)
-            _, norm = self._unconverged(solver, gram, norm, remedies, generator, spec.name, "σ")
-        sigma = max(0.0, -float(norm.values[0])) ** 0.5
+        remedies = [*layer.fisher.remedies, *getattr(norm, "remedies", ()), *result.remedies]
+        if isinstance(norm, EigenResult):
+            if not bool(norm.converged):
+                gram = NegatedGram(layer.step)
+                _, norm = self._unconverged(solver, gram, norm, remedies, generator, spec.name, "σ")
+            norm = max(0.0, -float(norm.values[0]))
+        sigma = norm**0.5
         if sigma == 0.0:
             remedies.append("the gradient is zero: A comes from the variance term alone, B is zero")
         divisor = sigma if config.normalize and sigma > 0 else 1.0
@@ -209,7 +249,7 @@ class LayerSolver:
         curvature = None
         if layer.gradient is not None:
             with self._blamed("estimator", self.estimator, spec.name):
-                curvature = _curvature(layer.fisher, layer.gradient, solution.basis, solution.projected * divisor)
+                curvature = curvature_of(layer.fisher, layer.gradient, solution.basis, solution.projected * divisor)
         return LayerSolution(
             subspace=solution,
             values=tuple((values / divisor**2).tolist()),
@@ -252,13 +292,12 @@ class LayerSolver:
     def _smallest(
         self,
         solver: Solver[Any],
-        operators: Sequence[SymmetricOperator],
+        whole: SymmetricOperator,
         rank: int,
         generator: torch.Generator,
         names: str,
     ) -> list[EigenResult]:
-        """One result per operator; several operators go to the solver as one batch, and each alone if that fails."""
-        whole = operators[0] if len(operators) == 1 else Stacked(operators)
+        """One result per matrix of an operator with one leading dimension or none; each alone if a batch fails."""
         try:
             with self._blamed("solver", solver, names):
                 result = solver.smallest(whole, rank, generator=generator)
@@ -266,13 +305,13 @@ class LayerSolver:
             reason = error if isinstance(error, ConvergenceError) else error.__cause__
             if not isinstance(reason, (ConvergenceError, torch.linalg.LinAlgError)):  # type: ignore[attr-defined]
                 raise
-            if len(operators) == 1:
-                return [broken_down(operators[0], rank, f"{solver.name} broke down: {reason}")]
-            return [self._smallest(solver, [each], rank, generator, names)[0] for each in operators]
+            if not whole.batch_shape:
+                return [broken_down(whole, rank, f"{solver.name} broke down: {reason}")]
+            return [self._smallest(solver, each, rank, generator, names)[0] for each in _alone(whole)]
         fault = fault_of(result, whole, rank)
         if fault:
             raise PluginError(f"{self._named('solver', solver)} broke its contract on {names}: {fault}")
-        return [result] if len(operators) == 1 else [member(result, index) for index in range(len(operators))]
+        return [member(result, index) for index in range(len(result.values))] if whole.batch_shape else [result]
 
     def _unconverged(
         self,
@@ -300,14 +339,14 @@ class LayerSolver:
             except OptionError:
                 break
             solver = self.registry.create("solver", name)
-            result = self._smallest(solver, [operator], rank, generator, layer)[0]
+            result = self._smallest(solver, operator, rank, generator, layer)[0]
             remedies.append(f"{failed[-1]} {failure}; solved with {name}")
             remedies.extend(result.remedies)
             failed.append(name)
         if self.config.unconverged == "fallback" and not bool(result.converged) and _can_widen(operator):
             solver = self.registry.create("solver", self.registry.choose_solver(1, 1, "cpu"))
             wide = Dense(operator.to_dense().to("cpu", torch.float64))
-            on_cpu = self._smallest(solver, [wide], rank, torch.Generator().manual_seed(self.config.seed), layer)[0]
+            on_cpu = self._smallest(solver, wide, rank, torch.Generator().manual_seed(self.config.seed), layer)[0]
             result = in_dtype_of(operator, on_cpu)
             remedies.append(f"{failed[-1]} {failure}; solved with {solver.name} in float64 on the CPU")
         if is_broken(result):
@@ -326,10 +365,19 @@ class LayerSolver:
         return blamed(self._named(kind, component), f" on layer {layer}")
 
 
-def _for_norms(solver: Solver[Any]) -> Solver[Any]:
-    """The solver as σ² needs it: one whose options have a `tolerance` is asked for `NORM_TOLERANCE` at most."""
+def _together(terms: Sequence[Omega], *, stores: bool) -> tuple[SymmetricOperator, Sequence[SymmetricOperator]]:
+    """What the solver is given, and the operators of the layers."""
+    if stores:
+        return stored(terms)
+    return (terms[0] if len(terms) == 1 else Stacked(terms)), terms
+
+
+def _for_norms(solver: Solver[Any]) -> Solver[Any] | None:
+    """The solver as σ² needs it: asked for `NORM_TOLERANCE` at most; None where its options have no `tolerance`."""
     asked = getattr(solver.options, "tolerance", None)
-    if not isinstance(asked, float) or asked >= NORM_TOLERANCE:
+    if not isinstance(asked, float):
+        return None
+    if asked >= NORM_TOLERANCE:
         return solver
     return type(solver)(replace(solver.options, tolerance=NORM_TOLERANCE))
 
@@ -339,30 +387,9 @@ def _can_widen(operator: SymmetricOperator) -> bool:
     return operator.dtype != torch.float64 or operator.device.type != "cpu"
 
 
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Products of float32 in float32, whatever was allowed before: TF32's 10 bits would decide where residuals end."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _curvature(fisher: LayerFisher, gradient: LinearMap, basis: Tensor, projected: Tensor) -> Curvature:
-    """Slopes and Hessian of the directions d_i = projected_i basis_iᵀ, (out, in); one product with J for each."""
-    left, right = projected.double(), basis.double()
-    slopes = (gradient.matmat(basis.to(gradient.dtype)).double() * left).sum(0)
-    rows = []
-    for place in range(left.shape[1]):
-        product = fisher.apply(torch.outer(left[:, place], right[:, place])).double()
-        rows.append((left * (product @ right)).sum(0))
-    hessian = torch.stack(rows)
-    return Curvature(slopes.cpu(), (0.5 * (hessian + hessian.mT)).cpu())
+def _alone(whole: SymmetricOperator) -> Sequence[SymmetricOperator]:
+    """The matrices of a batch, each as an operator of its own."""
+    return whole.operators if isinstance(whole, Stacked) else [Dense(each) for each in whole.to_dense()]
 
 
 def _ones(like: LinearMap | SymmetricOperator, rows: int) -> Tensor:

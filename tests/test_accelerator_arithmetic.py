@@ -12,15 +12,16 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, rounds
+from lora_da_core import LoraDAConfig, rounds, solving, wide_products
 from lora_da_core.batches import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
-from lora_da_core.omega import Omega, formed, forms_step, omega
+from lora_da_core.omega import Omega, StoredOmega, formed, forms_omega, forms_step, omega, stored
 from lora_da_core.operators import Dense, DenseMap, NegatedGram, Stacked
-from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, full_float32
+from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer
 from lora_da_core.types import FisherStatistics, LayerSpec
-from lora_da_estimators import _factors
+from lora_da_core.wide_products import full_float32
+from lora_da_estimators import _factors, _inverses
 from lora_da_estimators.kfac import Kfac, KfacOptions
 from lora_da_objectives.causal_lm import CausalLM
 from lora_da_solvers import _subspace, lanczos
@@ -29,8 +30,6 @@ from lora_da_solvers.lanczos import Lanczos
 from lora_da_solvers.randomized_svd import RandomizedSVD
 from spectra import SPECTRA
 
-STRIDE = lanczos._steps_between_looks(torch.device("cuda"))
-
 SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 
 
@@ -38,7 +37,14 @@ SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
     monkeypatch.setattr(_factors, "_narrows", lambda device: True)
-    monkeypatch.setattr(lanczos, "_steps_between_looks", lambda device: STRIDE)
+    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
+    monkeypatch.setattr(solving, "forms_omega", lambda rows, columns, device: True)
+    monkeypatch.setattr(wide_products, "_splits", _splits)
+
+
+def _splits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == torch.float32 and left.dim() == right.dim() == 2 and min(*left.shape, right.shape[-1]) > 8
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -114,13 +120,13 @@ def test_fewer_looks_at_the_ritz_values_cost_few_products_and_save_small_eigenpr
 
     monkeypatch.setattr(_subspace, "RitzPairs", counted)
     results = []
-    for stride in (1, STRIDE):
-        monkeypatch.setattr(lanczos, "_steps_between_looks", lambda device, stride=stride: stride)
+    for patient in (False, True):
+        monkeypatch.setattr(lanczos, "_is_patient", lambda device, patient=patient: patient)
         made.append(0)
         results.append(Lanczos(Lanczos.Options()).smallest(operator, 8, generator=generator()))
     assert all(bool(result.converged) for result in results)
     assert made[1] < 0.7 * made[0]
-    assert results[1].applies <= results[0].applies + 2 * STRIDE
+    assert results[1].applies <= results[0].applies + 8
     assert sine(results[1].vectors, results[0].vectors) < (2e-3 if dtype == torch.float32 else 1e-5)
 
 
@@ -128,6 +134,13 @@ def test_an_accelerator_forms_larger_steps_than_a_cpu() -> None:
     wide = (11008, 4096)
     assert forms_step(*wide, torch.device("cuda")) and not forms_step(*wide, torch.device("cpu"))
     assert not forms_step(8192, 28672, torch.device("cuda"))
+
+
+def test_an_accelerator_stores_omega_where_it_stores_the_step() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert forms_omega(11008, 4096, cuda) and forms_omega(4096, 11008, cuda)
+    assert not forms_omega(11008, 4096, cpu) and not forms_omega(64, 64, cpu)
+    assert not forms_omega(4096, 128256, cuda) and not forms_omega(16384, 64, cuda)
 
 
 def kfac_omega(condition: float, output: str = "diagonal", size: int = 400) -> Omega:
@@ -190,6 +203,18 @@ def test_a_narrow_input_factor_beside_a_wide_output_factor_is_widened_by_product
     dense = mixed.to_dense()
     assert dense.dtype == torch.float64
     torch.testing.assert_close(mixed.matmat(block), dense @ block, rtol=1e-4, atol=1e-6 * float(dense.norm()))
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_an_accelerator_makes_a_factor_again_instead_of_keeping_it() -> None:
+    sums = torch.randn(40, 40, generator=generator())
+    request = _factors.FactorRequest("layer", "Z", "inputs", 0.5, "relative")
+    factor = _factors.damp_dense(sums @ sums.mT, 7, request)
+    assert not isinstance(factor._matrix, Tensor)
+    expected = (sums @ sums.mT).double() / 7
+    expected.diagonal().add_(0.5**0.5 * expected.diagonal().mean())
+    torch.testing.assert_close(factor.matrix, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(factor.matrix @ factor.inverse.double(), torch.eye(40).double(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -309,3 +334,56 @@ def test_tf32_is_off_for_solves_and_on_again_after_a_failure() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_products_in_parts_are_as_exact_as_float32(spread: float) -> None:
+    left = torch.randn(90, 300, generator=generator()) * torch.logspace(0, -spread, 300)
+    right = torch.randn(300, 70, generator=generator(1)) * torch.logspace(0, -spread, 70)
+    exact, size = left.double() @ right.double(), left.abs().double() @ right.abs().double()
+    errors = [
+        float(((found - exact).abs() / size).max()) for found in (wide_products.product(left, right), left @ right)
+    ]
+    assert errors[0] < max(2 * errors[1], 5e-7)
+    assert torch.equal(sum(part.float() for part in wide_products.parts(left)), left)
+    gram = wide_products.gram(left)
+    assert torch.equal(gram, gram.mT)
+    scale = left.norm(dim=1).outer(left.norm(dim=1)).double()
+    assert float(((gram - left.double() @ left.double().mT).abs() / scale).max()) < 3e-6
+
+
+def test_three_parts_of_bfloat16_lose_nothing_and_two_do() -> None:
+    matrix = torch.randn(40, 40, generator=generator())
+    first, second, third = (part.float() for part in wide_products.parts(matrix))
+    assert torch.equal(first + second + third, matrix)
+    assert float(third.abs().max()) > 0
+
+
+@pytest.mark.parametrize("size", [40, 512, 700, 1301])
+def test_an_inverse_by_large_products_is_the_inverse(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randn(2 * size, size, generator=generator(), dtype=torch.float64)
+    matrix = tokens.mT @ (tokens * torch.logspace(0, -4, 2 * size, dtype=torch.float64).unsqueeze(1))
+    expected = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(_inverses, "_LEAF", 64)
+    found = _inverses.inverse_from_cholesky(torch.linalg.cholesky(matrix))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_a_stored_omega_has_the_products_the_preconditioner_and_the_answer_of_its_terms() -> None:
+    terms = [kfac_omega(1.0), kfac_omega(1.0, "full")]
+    whole, members = stored(terms)
+    block = torch.randn(2, 400, 8, generator=generator())
+    expected = Stacked(terms).matmat(block)
+    torch.testing.assert_close(whole.matmat(block), expected, rtol=0, atol=2e-6 * float(expected.abs().max()) * 20)
+    for index, (member, each) in enumerate(zip(members, terms, strict=True)):
+        assert isinstance(member, StoredOmega) and member.matrix.data_ptr() == whole.matrix[index].data_ptr()
+        ours, theirs = member.preconditioner(2.0), each.preconditioner(2.0)
+        assert ours is not None and theirs is not None
+        assert torch.equal(ours(block[0]), theirs(block[0]))
+    result = Lanczos(Lanczos.Options()).smallest(whole, 8, generator=generator())
+    values, vectors = torch.linalg.eigh(terms[0].to_dense().double())
+    gap = float((values[8] - values[7]) / values.abs().max())
+    assert bool(result.converged.all()) and sine(result.vectors[0], vectors[:, :8]) < 2e-5 / gap

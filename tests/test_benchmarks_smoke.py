@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, solvers
+from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, scaling, solvers
 
 GRID = """
 [run]
@@ -85,7 +85,7 @@ def test_the_7b_comparison_measures_every_program_and_checks_both_presets(figure
         if name != "peft lora_ga":
             assert row["converged"] == 14 == sum(row["solvers"].values())
             assert row["phases"]["statistics"] + row["phases"]["solve"] < row["seconds"]
-    for preset in ("robust, fixed scale", "paper"):
+    for preset in ("fixed", "paper"):
         check = found[f"check {preset}"]
         assert check["worst_residual"] < 1e-6
         assert len(check["angles"]) == 7
@@ -102,6 +102,16 @@ def test_the_7b_comparison_stops_at_its_time_limit_with_what_it_has(
     assert "time limit reached" in capsys.readouterr().out
 
 
+def test_the_7b_comparison_keeps_within_a_limit_and_shows_the_plan_beside_it(figures: Any) -> None:
+    shape = ("--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    least = ("--programs", "fixed", "--skip-check", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    found = figures(gpu_7b, *shape, *least, "--max-memory", "3200KiB,1GiB")
+    free, tight, loose = found["rows"].values()
+    assert loose["plan"]["passes"] == 1 and tight["plan"]["batch_size"] < loose["plan"]["batch_size"]
+    assert tight["plan"]["peak_gib"] <= 3200 / 2**20 and tight["plan"]["fits"]
+    assert free["residual"] == loose["residual"] and tight["converged"] == 14 and tight["residual"] < 1e-12
+
+
 def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) -> None:
     found = figures(solvers, "--sizes", "120", "--ranks", "4", "--batch", "2", "--repetitions", "1")
     rows = [row for row in found["rows"] if row["solver"] != "eigh"]
@@ -113,10 +123,27 @@ def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) 
         assert row["speed_up"] == pytest.approx(eigh / row["seconds"])
 
 
+def test_growth_is_measured_along_every_axis_and_a_deep_model_is_extrapolated(figures: Any) -> None:
+    axes = ("--samples", "16,32", "--blocks", "1,2", "--widths", "64,128", "--ranks", "2,4", "--hidden", "64")
+    found = figures(scaling, *axes, "--length", "8", "--repetitions", "1", "--deep", "tiny", "--deep-samples", "16")
+    assert list(found["curves"]) == ["samples", "blocks", "hidden", "rank"]
+    for name, curve in found["curves"].items():
+        rows, passes = curve["rows"], curve["exponents"]["passes"]
+        assert [row["converged"] for row in rows] == [True, True]
+        measured = math.log(rows[1]["passes"] / rows[0]["passes"]) / math.log(rows[1][name] / rows[0][name])
+        assert passes["exponent"] == pytest.approx(measured)
+        assert passes["met"] == (None if passes["limit"] is None else measured <= passes["limit"])
+    deep = found["deep"]["tiny"]
+    one, two = deep["measured"]["1"], deep["measured"]["2"]
+    whole = deep["extrapolated, in one pass"]
+    assert whole["passes"] == pytest.approx(one["passes"] + 5 * (two["passes"] - one["passes"]))
+    assert deep["planned, not run"]["layers"] == 6 * 7
+
+
 def test_the_primitives_are_timed_in_both_dtypes(figures: Any) -> None:
     found = figures(primitives, "--sizes", "48", "--batch", "2")
     names = {(row["primitive"], row["dtype"]) for row in found["rows"]}
-    assert len(names) == len(found["rows"]) == 22
+    assert len(names) == len(found["rows"]) == 34
     assert all(math.isfinite(row["seconds"]) and row["seconds"] > 0 for row in found["rows"])
 
 

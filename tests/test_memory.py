@@ -5,17 +5,19 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import lora_da_core
 from conftest import make_tiny_llama
-from lora_da_core import models
+from lora_da_core import models, rounds
 from lora_da_core.budget import workload_of
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
 from lora_da_core.memory import Workload, estimate_memory, parse_size, size_text
 from lora_da_core.memory_activations import BatchShape, trace
 from lora_da_core.memory_phases import LayerBytes, Phases, PlanRow, by_phase, divided
 from lora_da_core.memory_workspace import Tokens, Workspace, WorkspaceProbe
+from lora_da_core.passes import divided_layers, input_groups
 from lora_da_core.types import LayerSpec
 from tiny_models import bert, t5, vit
 
@@ -241,14 +243,28 @@ def test_a_smaller_limit_means_more_passes():
     whole = plan_of(pipe, model)
     least = plan_of(pipe, model, max_memory=1)
     assert (whole.passes, least.fits, least.layers_per_pass) == (1, False, 3)
+    assert whole.batch_size == BATCH > least.batch_size
     plans = [
         plan_of(pipe, model, max_memory=int(least.peak_bytes + share * (whole.peak_bytes - least.peak_bytes)))
         for share in (0.0, 0.5, 1.0)
     ]
     assert all(plan.fits and plan.peak_bytes <= plan.max_memory for plan in plans)
-    assert [plan.passes for plan in plans] == sorted((plan.passes for plan in plans), reverse=True)
-    assert plans[0].passes > plans[1].passes > plans[2].passes == 1
+    assert [plan.batch_size for plan in plans] == sorted(plan.batch_size for plan in plans)
+    assert plans[0].passes > plans[2].passes == 1 and plans[2].batch_size == BATCH
     assert {plan.statistics_bytes for plan in plans} == {whole.statistics_bytes}
+
+
+def test_smaller_batches_are_taken_where_they_make_fewer_passes():
+    model, pipe = llama(num_hidden_layers=3, vocab_size=4000), pipeline()
+    whole, single = plan_of(pipe, model), plan_of(pipe, model, workload=Workload(SAMPLES, LENGTH, batch_size=1))
+    # Between what single samples and what whole batches take, both in one pass.
+    limit = (whole.peak_bytes + single.peak_bytes) // 2
+    found = plan_of(pipe, model, max_memory=limit)
+    assert found.fits and found.passes == 1 and 1 <= found.batch_size < BATCH
+    # Statistics that do not fit divide the layers whatever the batches are.
+    heavy = llama(num_hidden_layers=6, hidden_size=256, intermediate_size=512, vocab_size=50)
+    tight = plan_of(pipe, heavy, max_memory=int(0.6 * plan_of(pipe, heavy).peak_bytes), workload=Workload(8, 4))
+    assert tight.fits and tight.passes > 1
 
 
 def test_passes_of_the_estimator_count():
@@ -256,8 +272,8 @@ def test_passes_of_the_estimator_count():
 
 
 def test_what_does_not_fit_is_named_with_a_remedy():
-    plan = plan_of(pipeline(), max_memory="100KiB")
-    assert not plan.fits
+    plan = plan_of(pipeline(), max_memory="100KiB", workload=Workload(4, 400))
+    assert not plan.fits and plan.batch_size == 1
     assert "above the limit of 100.0 KiB" in plan.notes[-1] and "is activations of a batch" in plan.notes[-1]
     assert "lower the batch size" in plan.notes[-1]
     heavy = plan_of(pipeline(), llama(vocab_size=20000), max_memory="100KiB", workload=Workload(1, 2))
@@ -327,6 +343,42 @@ def test_rounds_keep_their_statistics():
 def test_time_needs_a_throughput():
     assert plan_of(pipeline()).seconds is None
     assert plan_of(pipeline("ekfac"), throughput=64.0).seconds == 2 * SAMPLES * LENGTH / 64.0
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "identity", ("kfac", {"output": "identity"})], ids=str)
+@pytest.mark.parametrize("layers_per_pass", [1, 5, 14])
+def test_the_time_of_several_passes_goes_with_what_torch_counts(estimator, layers_per_pass, monkeypatch):
+    gradient = "none" if estimator == ("kfac", {"output": "identity"}) else "full"
+    settings = {"alpha": 0.0, "beta": 1.0} if gradient == "none" else {}
+    model, batches, counted = llama(hidden_size=128, intermediate_size=320), full_batches(), []
+    estimate = rounds.estimate
+
+    def in_place(total, left, right, **rest):
+        return 2 * left[0] * left[1] * right[1]
+
+    def watched(*arguments):
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+            found = estimate(*arguments)
+        counted[-1] += counter.get_total_flops()
+        return found
+
+    monkeypatch.setattr(rounds, "estimate", watched)
+    for most in ("auto", layers_per_pass):
+        counted.append(0)
+        pipe = pipeline(estimator, gradient, layers_per_pass=most, **settings)
+        pipe.run(model, batches, lora())
+    plan = plan_of(pipe, model, throughput=100.0)
+    assert plan.relative_time == pytest.approx(counted[1] / counted[0], rel=0.1)
+    assert plan.seconds == pytest.approx(plan.relative_time * SAMPLES * LENGTH / 100.0)
+    assert (plan.relative_time == 1.0) == (plan.passes == 1)
+
+
+def test_a_plan_divides_layers_as_the_configuration_says():
+    plan = plan_of(pipeline(layers_per_pass=5))
+    model, parts = llama(), []
+    task = pipeline().estimate(model, full_batches(), lora()).task
+    parts = divided_layers(input_groups(task, full_batches()), 5)
+    assert [list(part) for part in plan.parts] == parts and plan.passes == len(parts) > 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from lora_da_core.errors import DataError, ModelError
 from lora_da_core.factorisations import eigh
 from lora_da_core.operators import Dense, Diagonal, SymmetricOperator, row_major
 from lora_da_core.types import DampingKind, FisherStatistics
+from lora_da_estimators._inverses import inverse_from_cholesky
 
 _RESOLUTION = 1e3
 """Machine epsilons, times the mean diagonal, below which eigenvalues of a sum are taken for rounding noise.
@@ -157,20 +159,36 @@ class DiagonalFactor(DampedFactor):
 
 
 class DenseFactor(DampedFactor):
-    """A full factor, (size, size), and its inverse, which is kept in the dtype that its products are made in."""
+    """A full factor, (size, size), and its inverse, which is kept in the dtype that its products are made in.
 
-    def __init__(self, matrix: Tensor, inverse: Tensor, damping: float, remedies: tuple[str, ...]) -> None:
-        self.matrix = matrix
+    An accelerator, where many layers wait for a batched solve, keeps no factor that can be made again.
+    """
+
+    def __init__(
+        self,
+        matrix: Tensor,
+        inverse: Tensor,
+        damping: float,
+        remedies: tuple[str, ...],
+        again: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._matrix = matrix if again is None or not _narrows(matrix.device) else again
         self.dtype = narrowest_dtype(matrix, inverse)
         self.inverse = inverse.to(self.dtype)
         self.damping = damping
         self.remedies = remedies
 
+    @property
+    def matrix(self) -> Tensor:
+        """The factor, (size, size), float64."""
+        return self._matrix if isinstance(self._matrix, Tensor) else self._matrix()
+
     def multiply(self, block: Tensor) -> Tensor:
-        return (self.matrix @ block.to(self.matrix.dtype)).to(block.dtype)
+        matrix = self.matrix
+        return (matrix @ block.to(matrix.dtype)).to(block.dtype)
 
     def solve(self, block: Tensor) -> Tensor:
-        return (self.inverse @ block.to(self.dtype)).to(block.dtype)
+        return Dense(self.inverse).matmat(block.to(self.dtype)).to(block.dtype)
 
     def inverse_trace(self) -> float:
         return float(self.inverse.diagonal().sum(dtype=torch.float64))
@@ -202,8 +220,7 @@ class InverseOperator(Dense):
 
     def preconditioner(self, shift: float) -> Callable[[Tensor], Tensor] | None:
         """(M⁻¹ + shift·I)⁻¹ = (I + shift·M)⁻¹ M, which needs no inverse of an inverse."""
-        shifted = shift * self.factor.matrix
-        shifted.diagonal().add_(1.0)
+        shifted = _shifted(shift * self.factor.matrix, 1.0)
         root, info = torch.linalg.cholesky_ex(shifted)
         if int(info) != 0:
             return None
@@ -267,25 +284,40 @@ def damp_dense(sums: Tensor, count: int, request: FactorRequest) -> DenseFactor:
     Returns:
         The factor in float64.
     """
-    matrix = sums.double()
-    matrix = (matrix + matrix.mT) / (2 * count)
+    matrix = _mean(sums, count)
     request.check(matrix)
-    mean_diagonal = float(matrix.diagonal().mean())
+    diagonal = matrix.diagonal().clone()
+    mean_diagonal = float(diagonal.mean())
     asked = request.amount(mean_diagonal)
     remedies = _precision_notice(asked, mean_diagonal, sums.dtype, request.label)
     amounts = [asked]
     first = 10 * asked if asked > 0 else _RESOLUTION * torch.finfo(sums.dtype).eps * mean_diagonal
     amounts += [first * 10.0**step for step in range(_LADDER - 1)]
     for amount in amounts:
-        damped = matrix.clone()
-        damped.diagonal().add_(amount)
-        root, info = torch.linalg.cholesky_ex(damped)
-        inverse = torch.cholesky_inverse(root) if int(info) == 0 else None
+        matrix.diagonal().copy_(diagonal + amount)
+        root, info = torch.linalg.cholesky_ex(matrix)
+        inverse = inverse_from_cholesky(root) if int(info) == 0 else None
         if inverse is not None and bool(inverse.isfinite().all()):
             if amount != asked:
                 remedies += (f"{request.label}: not positive definite at damping {asked:.3g}; raised to {amount:.3g}",)
-            return DenseFactor(damped, inverse, amount, remedies)
+            again = partial(_damped_mean, sums, count, amount)
+            return DenseFactor(matrix, inverse, amount, remedies, again)
+    matrix.diagonal().copy_(diagonal)
     return _clamp(matrix, asked, amounts[-1], remedies, request)
+
+
+def _mean(sums: Tensor, count: int) -> Tensor:
+    matrix = sums.double()
+    return (matrix + matrix.mT) / (2 * count)
+
+
+def _shifted(matrix: Tensor, amount: float) -> Tensor:
+    matrix.diagonal().add_(amount)
+    return matrix
+
+
+def _damped_mean(sums: Tensor, count: int, amount: float) -> Tensor:
+    return _shifted(_mean(sums, count), amount)
 
 
 def _precision_notice(amount: float, mean_diagonal: float, dtype: torch.dtype, label: str) -> tuple[str, ...]:

@@ -131,7 +131,7 @@ class Subspace:
         basis = torch.where(lost.unsqueeze(-2), self.random_block(block.shape[-1]), basis)
         # Remainders are kept down to rounding itself: in float32 they are all that is left to go on, long before
         # convergence. They are orthogonal to Q only up to rounding over their size, hence the second round.
-        return orthonormal(self._project_out(self._project_out(basis)))
+        return orthonormal(self._project_out(basis))
 
     def _project_out(self, block: Tensor) -> Tensor:
         return block - self.vectors @ (self.vectors.mT @ block) if self.filled else block

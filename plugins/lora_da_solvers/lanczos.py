@@ -29,6 +29,8 @@ _LEAST_PROBE = 4
 """Columns of a verification round's random block at least: one column alone can be nearly orthogonal to a copy."""
 _LEVEL = 1e-3
 """Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
+_STRIDE = 3
+"""Least products from one look at the Ritz values to the next where looks are kept few."""
 _PATIENCE = 30
 """Products over which convergence is watched before a matrix may be given up."""
 _HOPE = 2
@@ -113,7 +115,7 @@ class _Run:
         self.probe = max(width, _LEAST_PROBE)
         self.tolerance = relative_tolerance(options.tolerance, operator.dtype)
         self.budget = options.max_applies
-        self.stride = _steps_between_looks(operator.device)
+        self.patient = _is_patient(operator.device)
         capacity = min(rank + _KRYLOV_BLOCKS * max(self.probe, rank), operator.size - self.probe)
         self.keep = min(rank + _KEPT_BLOCKS * self.probe, capacity - self.probe)
         self.space = Subspace(operator, capacity, generator)
@@ -173,7 +175,7 @@ class _Run:
 
     def _iterate(self) -> None:
         """Krylov steps until the kept products say that all matrices have converged, or the budget is spent."""
-        pause, worst, self._watched = max(2, self.stride), torch.inf, None
+        pause, worst, self._watched = self._to_first_look(), torch.inf, None
         while True:
             for _ in range(pause):
                 if self.space.applies < self._iteration_budget or self.space.filled < self.rank:
@@ -181,7 +183,22 @@ class _Run:
             before, worst = worst, self._worst_residual()
             if worst <= _MARGIN or self.space.applies >= self._iteration_budget:
                 return
-            pause = max(self.stride, _pause(before, worst, pause))
+            pause = self._to_next_look(before, worst, pause)
+
+    def _to_first_look(self) -> int:
+        """Krylov steps before the first look at the Ritz values, which a restart needs anyway."""
+        return max(2, self._room()) if self.patient else 2
+
+    def _to_next_look(self, before: float, worst: float, steps: int) -> int:
+        """Steps to go, from the residuals at the last two looks: on an accelerator all that should be needed."""
+        if not self.patient:
+            return max(1, min(4, int(0.5 * _needed(before, worst, steps, 4))))
+        return max(_STRIDE, min(self._room(), math.ceil(_needed(before, worst, steps, self._room()))))
+
+    def _room(self) -> int:
+        """Steps until the basis is full, after a restart where it is."""
+        filled = self.space.filled if self.space.filled + self.width <= self.space.capacity else self.keep
+        return (self.space.capacity - filled) // self.width
 
     def _worst_residual(self) -> float:
         """The largest residual in units of the tolerance, over the matrices that are waited for; 0 without any."""
@@ -240,10 +257,12 @@ class _Run:
         space = self.space
         space.seed(candidate.vectors, candidate.products)
         space.append(space.orthonormalise(space.random_block(self.probe)))
-        steps = 1
+        steps, look = 1, _LEAST_STEPS
         while space.applies < self.budget and (steps < _LEAST_STEPS or steps < effort):
-            if steps >= _LEAST_STEPS and (steps - _LEAST_STEPS) % self.stride == 0 and self._separated():
-                break
+            if steps >= look:
+                if self._separated():
+                    break
+                look = 2 * steps if self.patient else steps + 1
             self._advance(self.probe)
             steps += 1
         self._note_next_value()
@@ -270,20 +289,20 @@ class _Run:
         space.append(space.orthonormalise(torch.cat([block, fresh], -1)))
 
 
-def _steps_between_looks(device: torch.device) -> int:
-    """Krylov steps at least from one look at the Ritz values to the next.
+def _is_patient(device: torch.device) -> bool:
+    """Whether looks at the Ritz values are kept few: an accelerator waits for the host's small eigenproblems.
 
-    An accelerator waits for the host's small eigenproblems, which take longer than its products.
+    They take longer than its products, so there the Ritz values are looked at where the basis is full, and before that
+    only where the observed rate says that convergence comes sooner.
     """
-    return 1 if device.type == "cpu" else 4
+    return device.type != "cpu"
 
 
-def _pause(before: float, worst: float, steps: int) -> int:
-    """Steps to go before the next look: half of what the observed rate of convergence asks for, 1 to 4."""
+def _needed(before: float, worst: float, steps: int, unknown: float) -> float:
+    """Steps that convergence takes at the rate of the last ones; `unknown` where they made no progress."""
     if not worst < before < torch.inf:
-        return 2
-    needed = steps * math.log(worst) / math.log(before / worst) if worst > 1 else 1.0
-    return max(1, min(4, int(0.5 * needed)))
+        return unknown
+    return steps * math.log(worst) / math.log(before / worst) if worst > 1 else 1.0
 
 
 @hookimpl
