@@ -43,7 +43,9 @@ def digest(tensor: Tensor) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base parameters' names, shapes, dtypes and evenly spaced elements: cheap at any size."""
     total = hashlib.sha256()
-    for _, entry in sorted((name, _fingerprint(name, *values)) for name, *values in _base_parameters(model)):
+    for _, entry in sorted(
+        (name, _fingerprint(name, values, scales)) for name, values, scales in _base_parameters(model)
+    ):
         total.update(entry.encode())
     return total.hexdigest()
 

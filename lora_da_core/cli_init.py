@@ -13,7 +13,7 @@ from lora_da_core.cli_options import InitOptions, module_names
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from peft import LoraConfig
     from rich.console import Console
@@ -49,8 +49,8 @@ class Assembled:
 
     pipeline: Pipeline
     loaded: LoadedModel
-    taken: list[Batch]
-    unseen: list[Batch]
+    taken: Sequence[Batch]
+    unseen: Sequence[Batch]
     lora: LoraConfig
     notes: tuple[str, ...]
 
