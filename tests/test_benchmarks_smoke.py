@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, scaling, solvers
 
@@ -145,13 +144,6 @@ def test_the_primitives_are_timed_in_both_dtypes(figures: Any) -> None:
     names = {(row["primitive"], row["dtype"]) for row in found["rows"]}
     assert len(names) == len(found["rows"]) == 34
     assert all(math.isfinite(row["seconds"]) and row["seconds"] > 0 for row in found["rows"])
-
-
-def test_the_gram_matrix_of_a_triangular_inverse_is_the_inverse() -> None:
-    tokens = torch.randn(80, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    matrix = tokens.mT @ tokens
-    found = primitives.gram_of_inverse(torch.linalg.cholesky(matrix))
-    torch.testing.assert_close(found, torch.linalg.inv(matrix))
 
 
 def test_every_candidate_trains_and_is_paired_with_the_default(

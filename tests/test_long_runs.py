@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ One leaked set of factors, batches or statistics of the model below would be sev
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc, which this system has not")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C through also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def resident_bytes() -> int:

@@ -387,9 +387,12 @@ def test_an_unconverged_spectral_norm_is_mended_reported_or_refused(
     batches: Batches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_da_core.operators import NegatedGram
+    from lora_da_core.step_norm import Bracket
     from lora_da_solvers.lanczos import Lanczos
 
     honest = Lanczos.smallest
+    # As where Ω's eigenvectors leave σ open, so that a solver is asked.
+    monkeypatch.setattr(Bracket, "within", lambda self, tolerance: False)
 
     def lazy(self: Any, operator: Any, rank: int, *, generator: torch.Generator) -> Any:
         found = honest(self, operator, rank, generator=generator)
@@ -398,7 +401,7 @@ def test_an_unconverged_spectral_norm_is_mended_reported_or_refused(
         return found
 
     lora = LoraConfig(r=2, target_modules=["q_proj"])
-    expected = lora_da_core.build_pipeline(solver="lanczos").run(make_tiny_llama(), batches, lora).report.layers[0]
+    expected = lora_da_core.build_pipeline(solver="eigh").run(make_tiny_llama(), batches, lora).report.layers[0]
     monkeypatch.setattr(Lanczos, "smallest", lazy)
 
     def run(choice: str) -> lora_da_core.LayerReport:
@@ -409,7 +412,7 @@ def test_an_unconverged_spectral_norm_is_mended_reported_or_refused(
     mended, warned = run("fallback"), run("warn")
     assert mended.sigma == pytest.approx(expected.sigma, rel=1e-6)
     assert mended.remedies == ("lanczos did not converge on σ; solved with eigh",)
-    assert warned.sigma == pytest.approx(0.5 * expected.sigma, rel=1e-6)
+    assert warned.sigma == pytest.approx(0.5 * expected.sigma, rel=1e-3)
     assert warned.remedies == ("lanczos did not converge on σ",)
     with pytest.raises(lora_da_core.ConvergenceError, match=r"on σ of .*q_proj"):
         run("error")

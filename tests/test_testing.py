@@ -823,7 +823,7 @@ def test_check_plugin_lists_every_fault(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Kfac, "inverse_input_trace", None, raising=False)
     monkeypatch.setattr(KfacFisher, "solve", NegativeSolve.solve, raising=True)
     monkeypatch.setattr(KfacFisher, "inner", property(lambda self: DiagonalFisher), raising=False)
-    with pytest.raises(PluginError, match=r"estimator 'kfac' \(lora-da-core .*\): \d+ of 23 checks failed") as caught:
+    with pytest.raises(PluginError, match=r"estimator 'kfac' \(lora-da-core .*\): \d+ of 24 checks failed") as caught:
         check_plugin("kfac")
     assert "\n- estimator solve_is_the_inverse_of_apply: raised" in str(caught.value)
 
