@@ -124,6 +124,7 @@ def estimate(
     seed: int,
     on_progress: Progress | None = None,
     gradient_sums: Mapping[str, Mapping[str, Tensor]] | None = None,
+    look_twice: bool = True,
 ) -> Estimates:
     """Runs every pass over the data and makes the gradients.
 
@@ -133,6 +134,7 @@ def estimate(
         seed: Of labels and directions that are drawn.
         on_progress: Told of every batch.
         gradient_sums: What `forward_gradients` gave, for a gradient that comes from forward passes; None makes it here.
+        look_twice: Whether a few samples are run twice first, to tell of a model that does not repeat.
 
     Returns:
         The estimates; the model is left as found.
@@ -143,7 +145,7 @@ def estimate(
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     # Later rounds run the same model; only the changes on its outputs differ.
-    doubts = [] if task.changes else model_notes(task, batches)
+    doubts = model_notes(task, batches) if look_twice and not task.changes else []
     task = _in_custody(task, batches)
     statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
     middle = time.perf_counter()

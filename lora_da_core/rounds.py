@@ -233,7 +233,9 @@ class Rounds:
             beside=[spec for spec in task.specs if spec.name not in wanted],
         )
         seed = self._config.seed + number
-        compute = functools.partial(estimate, part, batches, seed, self._on_progress, gradients)
+        # Of the parts of a run the first one tells whether the model repeats.
+        look_twice = names == self._parts[0]
+        compute = functools.partial(estimate, part, batches, seed, self._on_progress, gradients, look_twice)
         # What later rounds see depends on the steps of the earlier ones.
         estimates = compute() if number else self._keep(part, batches, compute)
         self._record.count(estimates.seconds)

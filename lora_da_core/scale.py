@@ -19,10 +19,12 @@ class LineSearch:
 
     Attributes:
         multiplier: The best multiplier tried; 0 where none lowers the loss.
+        base_loss: The loss at 0.
         tried: (multiplier, loss) in the order they were tried.
     """
 
     multiplier: float
+    base_loss: float
     tried: tuple[tuple[float, float], ...]
 
 
@@ -57,7 +59,7 @@ def line_search(loss: Callable[[float], float]) -> LineSearch:
     chosen = min(tried, key=lambda multiplier: tried[multiplier])
     if tried[chosen] >= base:
         chosen = 0.0
-    return LineSearch(chosen, tuple(tried.items()))
+    return LineSearch(chosen, base, tuple(tried.items()))
 
 
 def _descend(at: Callable[[float], float], start: float, base: float) -> float:

@@ -338,7 +338,8 @@ def test_an_interrupted_init_goes_on_where_it_was(world, monkeypatch):
 
     options = (*INIT, "--output", "resumed", "--rank", "2", "--samples", "8", "--resume")
     with monkeypatch.context() as patched:
-        patched.setattr(rounds.LayerSolver, "solve", interrupted)
+        # The class itself also makes the plan.
+        patched.setattr(rounds, "LayerSolver", type("Interrupted", (rounds.LayerSolver,), {"solve": interrupted}))
         assert run(world, *options).exit_code == 130
     assert (world / ".resumed.passes").is_dir() and not (world / "resumed").exists()
     again = run(world, *options)

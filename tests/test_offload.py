@@ -107,7 +107,7 @@ def test_a_failing_run_leaves_an_offloaded_model_as_it_was(tmp_path, batches):
     def losses(model, batch):
         calls.append(1)
         found = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.mean((1, 2))
-        return found / (0.0 if len(calls) == 2 else 1.0)
+        return found / (0.0 if len(calls) == 4 else 1.0)  # the first two look whether the model repeats
 
     with pytest.raises(ModelError, match="not finite"):
         lora_da_core.build_pipeline(objective=losses).run(model, batches, lora())
@@ -243,7 +243,10 @@ def test_a_model_that_exceeds_the_limit_completes_and_equals_the_run_in_memory(c
         found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
         notes[name] = " ".join(json.loads((tmp_path / name / "lora_da_report.json").read_text())["notes"])
         assert found[name].keys() == found["free"].keys()
-        assert all(torch.equal(value, found["free"][key]) for key, value in found[name].items())
+        for key, value in found[name].items():
+            # A limit may cut batches, and sums are then added up in another order.
+            most = float(found["free"][key].abs().max())
+            torch.testing.assert_close(value, found["free"][key], rtol=1e-3, atol=1e-4 * most)
     assert "offloaded" not in notes["free"]
     assert all(
         "planned for a limit" in notes[name] and "parameters are offloaded" in notes[name] for name in ("some", "less")

@@ -69,7 +69,7 @@ def test_build_pipeline_takes_it_and_the_kit_passes(site: Path) -> None:
     done = python("-c", code, path=site)
     assert done.returncode == 0, done.stderr
     assert "estimator='head_blocks'" in done.stdout
-    assert done.stdout.splitlines()[-1] == "23 23"
+    assert done.stdout.splitlines()[-1] == "24 24"
 
 
 def test_init_uses_it_on_a_model(site: Path, world: Path) -> None:  # noqa: F811
