@@ -124,9 +124,8 @@ def plot_spectra(report: RunReport, path: Path | str) -> None:
 
     figure = spectra_figure(report)
     try:
-        if (
-            Path(path).is_symlink() and not Path(path).is_dir()
-        ):  # it may lead out of a directory that came from elsewhere
+        # A link may lead out of a directory that came from elsewhere.
+        if Path(path).is_symlink() and not Path(path).is_dir():
             Path(path).unlink()
         figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
     except OSError as error:
