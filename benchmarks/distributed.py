@@ -24,15 +24,14 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_core
+from benchmarks.llama_shapes import LINEAR, add_shape_options, random_llama
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import wait
 from lora_da_core.distributed import launched
 
 GIB = 2**30
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TIMEOUT = 900.0
 """Seconds that a process waits for the others, rank 0's lone run included."""
 
@@ -48,10 +47,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_shape_options(parser)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=224, help="of the longest sample")
     parser.add_argument("--batch", type=int, default=16, help="samples of a batch")
@@ -63,7 +59,7 @@ def _options() -> argparse.Namespace:
 
 def _figures(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     size = dist.get_world_size()
-    model, batches = _model(options, device), _batches(options)
+    model, batches = random_llama(options, device), _batches(options)
     lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=LINEAR, task_type="CAUSAL_LM")
     together = lora_da_core.build_pipeline()
     together.config = replace(together.config, process_timeout=TIMEOUT)
@@ -112,25 +108,6 @@ def _middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _first() -> bool:
     return dist.get_rank() == 0
-
-
-def _model(options: argparse.Namespace, device: torch.device) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 128),
-        vocab_size=options.vocabulary,
-        dtype=torch.bfloat16,
-    )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def _sharded(model: Any, device: torch.device) -> Any:

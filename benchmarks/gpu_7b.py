@@ -26,16 +26,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_core
 from benchmarks.exact import ExactOmega, orthonormal_rows
+from benchmarks.llama_shapes import LINEAR, add_shape_options, random_llama
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import SOLVE, timed, wait
 from lora_da_core.budget import workload_of
 
 GIB = 2**30
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROGRAMS = {
     "lora_ga": "peft lora_ga",
     "fixed": "lora_da robust, fixed scale",
@@ -52,7 +51,7 @@ def main() -> None:
     """Measures and prints."""
     options = _options()
     deadline = time.monotonic() + options.time_limit
-    model = _model(options)
+    model = random_llama(options, options.device)
     batches = _batches(options)
     # By name: PEFT's LoRA-GA does not know "all-linear".
     lora = LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules=list(LINEAR), task_type="CAUSAL_LM")
@@ -91,10 +90,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_shape_options(parser)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=3584, help="of a batch, padding included")
     parser.add_argument("--programs", type=lambda text: text.split(","), default=list(PROGRAMS))
@@ -105,26 +101,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", default="runs/benchmarks/gpu_7b.json")
     return parser.parse_args()
-
-
-def _model(options: argparse.Namespace) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 128),
-        vocab_size=options.vocabulary,
-        max_position_embeddings=4096,
-        dtype=torch.bfloat16,
-    )
-    with torch.device(options.device):
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            return LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(previous)
 
 
 def _batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_da_core
+from benchmarks.llama_shapes import random_llama
 from benchmarks.machine import machine, write_json
 from lora_da_core.shares import owners_of
 from lora_da_core.types import LayerSpec
@@ -387,7 +388,7 @@ def _model_and_data(options: argparse.Namespace) -> tuple[Any, list[Any], Shape]
 
     sizes = argparse.Namespace(**{**vars(options), "batch": 8})
     device = torch.device(options.device)
-    model, batches = distributed._model(sizes, device), distributed._batches(sizes)
+    model, batches = random_llama(sizes, device), distributed._batches(sizes)
     shape = Shape("measured", options.layers, options.hidden, options.intermediate, options.hidden, options.vocabulary)
     if device.type == "cpu":
         model = model.float()

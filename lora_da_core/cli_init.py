@@ -93,7 +93,9 @@ def _init_in(world: World, options: InitOptions) -> None:
         for sentence in parts.notes:
             note(log, sentence)
         model = parts.loaded.model
-        planned = forecast(parts.pipeline, model, parts.lora, parts.taken, options.max_memory)
+        kept = options.cache_dir or options.passes_dir
+        # One process tells of the plan, so one makes it.
+        planned = "" if world.rank else forecast(parts.pipeline, model, parts.lora, parts.taken, options.max_memory)
         device = next(model.parameters()).device
         with shown_progress(log) as on_progress, PeakMemory(device) as memory:
             result = parts.pipeline.run(
@@ -101,14 +103,13 @@ def _init_in(world: World, options: InitOptions) -> None:
                 parts.batches,
                 parts.lora,
                 on_progress=on_progress,
-                cache_dir=options.cache_dir or options.passes_dir,
+                cache_dir=kept,
                 max_memory=options.max_memory,
                 world=world,
             )
         if world.rank:
             return
         report = replace(result.report, notes=(*parts.notes, *result.report.notes))
-        kept = options.cache_dir or options.passes_dir
         told = outcome(planned, memory.peak, report, cached=kept is not None)
         fitted = adapter.allocated_config(parts.lora, result.report.allocation)
         peft_model = adapter.apply(model, fitted, result.factors)
