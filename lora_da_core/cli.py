@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 import textwrap
 import traceback
@@ -19,8 +20,9 @@ import typer
 from typer.core import TyperGroup
 
 from lora_da_core.ablation.command import AblateOptions, ablate
-from lora_da_core.cli_init import PICTURE_FILE, init, show, table_console
-from lora_da_core.cli_options import InitOptions, command_of
+from lora_da_core.cli_init import NARROWEST, PICTURE_FILE, init, show, table_console
+from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_options import command_of
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.cli_verify import verify
 from lora_da_core.errors import LoraDAError, OptionError
@@ -95,6 +97,9 @@ def main() -> None:
         # Read when these libraries are imported; their bars would fill a log file with carriage returns.
         for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
+    if shutil.get_terminal_size().columns < NARROWEST:
+        # Read by typer where it prints help: in fewer columns it would cut names of options short.
+        os.environ.setdefault("TERMINAL_WIDTH", str(NARROWEST))
     if not sys.warnoptions:
         # Libraries announce their own changes by it; a user of this program cannot act on them.
         warnings.simplefilter("ignore", FutureWarning)

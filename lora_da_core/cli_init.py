@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.cli_memory import needed_offload
-from lora_da_core.cli_options import InitOptions, module_names
+from lora_da_core.cli_options import module_names
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:

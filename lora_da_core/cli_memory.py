@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_da_core.cli_options import InitOptions
+from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.data import Rows, TextOptions
 from lora_da_core.pipeline import Pipeline
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import component_choice, module_names
+from lora_da_core.cli_options import DTYPES, component_choice, module_names
 from lora_da_core.errors import LoraDAError, OptionError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class PlanOptions:
         str,
         _option(
             "Precision the model will be loaded in; auto: the checkpoint's on a GPU, float32 on the CPU.",
-            metavar="auto|float32|bfloat16|float16|float64",
+            metavar=DTYPES,
         ),
     ] = "auto"
     max_memory: Annotated[

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_da_core.cli_init import assembled, requested
-from lora_da_core.cli_options import InitOptions
+from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_options import DTYPES
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def verify(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data set.", show_default="train; the run's")] = None,
     device: Annotated[str, typer.Option(help="Where to run.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Precision to load the model in.", show_default="the run's")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision to load the model in.", metavar=DTYPES, show_default="the run's")
+    ] = None,
     numerics: Annotated[
         bool,
         typer.Option(

@@ -28,10 +28,11 @@ import lora_da_core.models
 from conftest import ROWS
 from lora_da_core import adapter
 from lora_da_core.ablation import make_grid, plan, read_grid, run_grid
+from lora_da_core.ablation.axes import NEEDED_MODULES
 from lora_da_core.ablation.cells import GroupRun
 from lora_da_core.ablation.fidelity import principal_angle, span
 from lora_da_core.ablation.finetune import TrainingData, held_out_loss
-from lora_da_core.ablation.grid import NEEDED_MODULES, pipeline_of
+from lora_da_core.ablation.grid_cell import pipeline_of
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.ablation.results import Results, finite, locked
 from lora_da_core.ablation.workspace import Workspace

@@ -14,9 +14,9 @@ from matplotlib.text import Annotation
 
 from ablation_records import RUN, entry_of, final, found_in, record_of, records_of
 from lora_da_core.ablation import figures, make_grid, provenance, read_grid
+from lora_da_core.ablation.axes import NEEDED_MODULES
 from lora_da_core.ablation.downstream import at_best
 from lora_da_core.ablation.figures import Picture
-from lora_da_core.ablation.grid import NEEDED_MODULES
 from lora_da_core.ablation.labels import Box, place_labels
 from lora_da_core.ablation.loss_figures import MOST_CURVES, leading, loss_pictures
 from lora_da_core.ablation.page import Cell, Column, Section, Table, markdown, page

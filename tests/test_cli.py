@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import lora_da_core.models
 from lora_da_core import storage
 from lora_da_core.cli import app
-from lora_da_core.cli_options import InitOptions, module_names
+from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_options import module_names
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import ModelError, OptionError
 from lora_da_core.progress import LINES_PER_PHASE, PlainProgress, shown_progress

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lora_da_core.cli import app
@@ -113,13 +114,23 @@ def test_no_color_means_none_even_on_a_terminal(desk: Path, arguments: tuple[str
     assert "\x1b" not in lora_da(*arguments, TERM="dumb").output
 
 
-def process(desk: Path, *arguments: str) -> subprocess.Popen[str]:
+def process(desk: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    environment |= changes
     code = "from lora_da_core.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=desk, text=True, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def test_help_on_a_narrow_terminal_shows_every_option_whole(desk: Path) -> None:
+    group: Any = get_command(app)
+    for name in ("init", "plan"):
+        shown = process(desk, name, "--help", COLUMNS="40").communicate(timeout=120)[0]
+        options = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert [option for option in sorted(options) if not re.search(rf"{option}\b", shown)] == []
+        assert re.findall(r"\w…", shown) == []  # what is cut short
 
 
 def test_an_interrupt_leaves_nothing_and_says_so_in_a_line(desk: Path) -> None:

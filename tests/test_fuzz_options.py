@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 import lora_da_core
 from fuzzing import fuzzed
 from lora_da_core import storage
-from lora_da_core.ablation.grid import AXES, make_grid, read_grid
+from lora_da_core.ablation.axes import AXES
+from lora_da_core.ablation.grid import make_grid, read_grid
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
 from lora_da_core.cli import app
-from lora_da_core.cli_options import InitOptions
+from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.registry import Registry
 
 REGISTRY = Registry()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lora_da_core.ablation.fidelity import Reference, reference_name, reference_pipeline
 from lora_da_core.ablation.finetune import seeded
-from lora_da_core.ablation.grid import Cell, Group, pipeline_of
+from lora_da_core.ablation.grid import Group
+from lora_da_core.ablation.grid_cell import Cell, pipeline_of
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.ablation.results import DONE, FAILED, Record
 from lora_da_core.ablation.stacked import Member, finetune_together

@@ -27,7 +27,7 @@ class AblateOptions:
         bool, typer.Option("--dry-run", help="Only say how many cells there are, and how long they would take.")
     ] = False
     executor: Annotated[
-        str, typer.Option(metavar="local|ray", help="Where groups run: on this machine, or on Ray's workers.")
+        str, typer.Option(metavar="local | ray", help="Where groups run: on this machine, or on Ray's workers.")
     ] = "local"
     jobs: Annotated[int, typer.Option(help="Groups of cells that run at once, in processes of their own.")] = 1
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells that failed once more.")] = False

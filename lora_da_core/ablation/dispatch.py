@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from lora_da_core.ablation.grid import Cell, Grid, Group
+from lora_da_core.ablation.grid import Grid, Group
+from lora_da_core.ablation.grid_cell import Cell
 from lora_da_core.ablation.results import Record, write_run
 from lora_da_core.errors import LoraDAError, StorageError
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lora_da_core.ablation.grid import omega_key
+from lora_da_core.ablation.grid_cell import omega_key
 from lora_da_core.ablation.memory import available_bytes
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig

@@ -12,7 +12,8 @@ from typing import Any, Final
 import torch
 
 from lora_da_core.ablation.dispatch import Dispatch, Pool
-from lora_da_core.ablation.grid import Cell, Grid, Group, make_grid, read_grid
+from lora_da_core.ablation.grid import Grid, Group, make_grid, read_grid
+from lora_da_core.ablation.grid_cell import Cell
 from lora_da_core.ablation.processes import ProcessPool
 from lora_da_core.ablation.results import DONE, RESULTS, RUN, Record, Results, locked, write_parquet, write_run
 from lora_da_core.errors import OptionError, StorageError

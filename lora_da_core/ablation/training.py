@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_da_core.ablation.axes import NOTHING
 from lora_da_core.ablation.finetune import Curve, finetune
-from lora_da_core.ablation.grid import Cell
+from lora_da_core.ablation.grid_cell import Cell
 from lora_da_core.ablation.trainer_finetune import finetune_by_trainer
 from lora_da_core.ablation.workspace import Workspace
 from lora_da_core.config import LoraDAConfig
