@@ -1,8 +1,10 @@
-# make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests. make check: format, lint, types, layers.
+# make run: initialise adapters for the demo model (SAMPLES=256 reads more). make test: all tests, in two processes (JOBS=8 for more).
+# make check: format, lint, types, layers.
 # make nightly: thousands of fuzzed examples and 200 runs in one process. make mutation: mutation tests (SAMPLE=200 tries 200 of them).
 # make audit: known vulnerabilities of the pinned dependencies; it asks the network.
 PYTHON ?= python3
 SAMPLES ?= 64
+JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -12,8 +14,9 @@ run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
 		--data examples/data/word_problems.jsonl --samples $(SAMPLES) --output runs/demo --overwrite
 
+# A file's tests stay in one process, where they share what they set up.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-# Small tensors gain nothing from threads, and equal bytes need equal thread counts.
+# Small tensors gain nothing from threads, and equal bytes need equal thread counts; also in processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Of the tests in `fuzzing`: thousands of fresh examples; asked for with --hypothesis-profile=nightly.
 settings.register_profile("nightly", deadline=None)

@@ -216,6 +216,49 @@ def test_trls_trainer_starts_lower(tmp_path: Path, world: Path) -> None:
     assert first["ours"] < first["plain"] - 1e-3
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "losses"),
+    [
+        ("dpo", {"beta": 0.3}, {"sigmoid": lambda tokens: 1.0}),
+        # TRL averages the likelihood over tokens; RPO's own sums it.
+        ("rpo", {"beta": 0.3, "eta": 0.4}, {"sigmoid": lambda tokens: 1.0, "sft": lambda tokens: 0.4 * tokens}),
+        (
+            "rpo",
+            {"average": True, "beta": 0.3, "eta": 0.4},
+            {"sigmoid_norm": lambda tokens: 1.0, "sft": lambda tokens: 0.4},
+        ),
+    ],
+)
+def test_losses_and_gradients_are_trls_own(
+    name: str, options: dict[str, Any], losses: dict[str, Any], tmp_path: Path, world: Path
+) -> None:
+    """Away from the start, pair by pair, with an adapter on the model; TRL's losses as its trainer computes them."""
+    trainer = dpo_trainer(tmp_path, world, beta=0.3, loss_type=list(losses))
+    model = trainer.model.eval()
+    draw = torch.Generator().manual_seed(0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    ours = objective(name, **options)
+    distances = []
+    for row in list(trainer.train_dataset)[:4]:
+        batch = trainer.data_collator([row])
+        trainer.loss_weights = [weight(int(batch["completion_mask"][0].sum())) for weight in losses.values()]
+        expected = trainer.compute_loss(model, dict(batch))
+        pair = next(iter(lora_da_core.preference_batches([batch])))
+        with model.disable_adapter(), torch.no_grad():
+            complete = ours.complete(model, pair)
+        found = ours.losses(model, complete)
+        assert found.shape == (1,)
+        torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+        theirs = torch.autograd.grad(expected, trained)
+        for gradient, reference in zip(torch.autograd.grad(found[0], trained), theirs, strict=True):
+            assert float((gradient - reference).norm()) <= 1e-4 * float(reference.norm())
+        distances.append(abs(float(expected.detach()) - 0.6931))
+    assert max(distances) > 0.05  # not where every margin is zero
+
+
 def test_another_preference_loss_needs_a_pipeline(tmp_path: Path, world: Path) -> None:
     trainer = dpo_trainer(tmp_path, world, loss_type=["hinge"])
     with pytest.raises(OptionError, match="loss_type is"):

@@ -278,6 +278,14 @@ def test_transformers_trainer_learns_with_it(case: str, tmp_path: Path) -> None:
     assert sum(losses[-3:]) / 3 < losses[0] - 0.03, losses
 
 
+def same_bytes(one: PeftModel, other: PeftModel) -> bool:
+    """Whether two models agree in every weight, those of the base included."""
+    states = one.state_dict(), other.state_dict()
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(value, states[1][k]) for k, value in states[0].items()
+    )
+
+
 @pytest.mark.parametrize("case", ["odelora euler", "rac_lora A"])
 def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(case: str, tmp_path: Path) -> None:
     """Eight steps, against five and three; the fifth is amid a link. The kit below and runs that are killed do more."""
@@ -288,7 +296,7 @@ def test_a_run_that_is_resumed_ends_where_an_unbroken_one_does(case: str, tmp_pa
     resumed, again = attached(tmp_path / "b", case)
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-5"))
     assert resumed.state.global_step == 8
-    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+    assert same_bytes(again, model)
 
 
 def test_a_chain_s_links_are_in_the_base(tmp_path: Path) -> None:

@@ -12,21 +12,14 @@ from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe, NoOptions
 from lora_da_core.operators import LinearMap, LowRankMap
 from lora_da_core.types import LayerSpec
+from lora_da_gradients._forward import OtherTarget
 
 
-class NoGradient(GradientEstimator[NoOptions]):
+class NoGradient(OtherTarget[NoOptions]):
     """G = 0, so that Ω = βV/N: with J = I ⊗ Z, A spans the top eigenvectors of the inputs' second moment (EVA)."""
 
     name = "none"
     api_version = 1
-
-    @property
-    def follows_loss(self) -> bool:
-        return False
-
-    @property
-    def forward_only(self) -> bool:
-        return True
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator

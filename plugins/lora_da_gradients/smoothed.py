@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe
-from lora_da_core.operators import DenseMap, LinearMap
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._directions import add_to, drawn, gaussian, scaled, zeros
+from lora_da_gradients._forward import FromDifferences
 from lora_da_gradients._losses import sum_of_losses
 
 
@@ -43,7 +43,7 @@ class SmoothedOptions:
             raise ValueError(f"rank is {self.rank!r}; it must be at least 1, or None for dense changes")
 
 
-class Smoothed(GradientEstimator[SmoothedOptions]):
+class Smoothed(FromDifferences[SmoothedOptions]):
     """∇f_λ = E[(f(x + λΞ) − f(x)) Ξ]/λ, Ξ standard normal, f_λ(x) = E f(x + λΞ) (arXiv 2407.17200, carried over).
 
     f_λ is smooth whatever f is, so the objective may be a reward without a derivative, such as an exact match. For a
@@ -55,14 +55,6 @@ class Smoothed(GradientEstimator[SmoothedOptions]):
     name = "smoothed"
     api_version = 1
     Options = SmoothedOptions
-
-    @property
-    def exact(self) -> bool:
-        return False
-
-    @property
-    def forward_only(self) -> bool:
-        return True
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator
@@ -93,9 +85,6 @@ class Smoothed(GradientEstimator[SmoothedOptions]):
             name: {"gradient": total, "squares": torch.tensor([squares[name]], dtype=torch.float64)}
             for name, total in totals.items()
         }
-
-    def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:
-        return DenseMap(statistics["gradient"] / samples)
 
     def diagnostics(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> dict[str, float]:
         """How noisy the estimate is, as an average of independent probes.

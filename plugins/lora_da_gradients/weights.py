@@ -12,9 +12,10 @@ from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe, NoOptions
 from lora_da_core.operators import DenseMap, LinearMap, accumulation_dtype
 from lora_da_core.types import LayerSpec
+from lora_da_gradients._forward import OtherTarget
 
 
-class Weights(GradientEstimator[NoOptions]):
+class Weights(OtherTarget[NoOptions]):
     """G = −W, so that with J = I the step −J⁻¹G is W and its best approximation of rank r is PiSSA's start.
 
     PiSSA (arXiv 2404.02948) starts from the top r singular triplets of W. Nothing of the data enters; the statistics
@@ -23,14 +24,6 @@ class Weights(GradientEstimator[NoOptions]):
 
     name = "weights"
     api_version = 1
-
-    @property
-    def follows_loss(self) -> bool:
-        return False
-
-    @property
-    def forward_only(self) -> bool:
-        return True
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator

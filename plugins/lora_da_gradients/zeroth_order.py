@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import GradientEstimator, LossProbe
-from lora_da_core.operators import DenseMap, LinearMap
+from lora_da_core.operators import LinearMap
 from lora_da_core.types import LayerSpec
 from lora_da_gradients._directions import add_to, direction, drawn, scaled, zeros
+from lora_da_gradients._forward import FromDifferences
 from lora_da_gradients._losses import sum_of_losses
 
 Difference = Literal["central", "forward"]
@@ -76,7 +77,7 @@ class ZerothOrderOptions:
         return (powers / powers.sum() / self.probes).repeat_interleave(self.probes)
 
 
-class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
+class ZerothOrder(FromDifferences[ZerothOrderOptions]):
     """G ≈ m/(1 − β1ᵀ) after T steps, with g = (1/K) Σ_k (f(W + μU_k) − f(W − μU_k))/2μ · U_k.
 
     Every layer has a direction U of its own with ‖U‖_F² = d = out·in, drawn anew for each probe. That is the estimator
@@ -94,14 +95,6 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
     name = "zeroth_order"
     api_version = 1
     Options = ZerothOrderOptions
-
-    @property
-    def exact(self) -> bool:
-        return False
-
-    @property
-    def forward_only(self) -> bool:
-        return True
 
     def estimate(
         self, probe: LossProbe, specs: Sequence[LayerSpec], *, generator: torch.Generator
@@ -127,9 +120,6 @@ class ZerothOrder(GradientEstimator[ZerothOrderOptions]):
         for group in groups:
             found.update(self._estimate_group(probe, group, seed, base))
         return found
-
-    def gradient(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> LinearMap:
-        return DenseMap(statistics["gradient"] / samples)
 
     def diagnostics(self, statistics: Mapping[str, Tensor], spec: LayerSpec, *, samples: int) -> dict[str, float]:
         """How noisy the estimate is.
