@@ -155,7 +155,7 @@ def test_a_fault_in_a_sharded_run_is_named_too(worlds: Worlds) -> None:
         assert first.error.startswith(f"RankError: rank 1 of 2 {how}"), (place, kind, first, second)
         assert first.seconds < NOTICED and first.exitcode == 0
         assert second.exitcode == (-signal.SIGKILL if kind == "killed" else 0)
-        assert kind == "killed" or "out of luck" in first.error and "out of luck" in second.error
+        assert kind == "killed" or ("out of luck" in first.error and "out of luck" in second.error)
 
 
 def test_memory_that_runs_out_in_one_rank_stops_all(worlds: Worlds, tmp_path: Path) -> None:
