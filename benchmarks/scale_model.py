@@ -6,8 +6,8 @@ collectives move. What is assumed stands in `Assumptions`. Either every GPU hold
 once per pass, or FSDP2 shards it and sums go to their owners batch by batch: whichever is faster where it fits.
 
     python -m benchmarks.scale_model [--samples 256] [--token-total 50362] [--json FILE]
-    torchrun --nproc-per-node W -m benchmarks.scale_model --measure FILE [--sharded] [--device cuda]
-    python -m benchmarks.scale_model --validate FILE…    # the first is of one process; the others are predicted from it
+
+`benchmarks.scale_check` holds it against measured runs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ import argparse
 import functools
 import json
 import math
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import lora_da_core
-from benchmarks.llama_shapes import random_llama
-from benchmarks.machine import machine, write_json
+from benchmarks.machine import machine
 from lora_da_core.shares import owners_of
 from lora_da_core.types import LayerSpec
 
@@ -201,13 +197,18 @@ def statistics_bytes(shape: Shape, workload: Workload) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one model on so many GPUs: seconds by phase and bytes by what takes them, of the busiest process."""
+    """Of one model on so many GPUs: seconds by phase and bytes by what takes them, of the busiest process.
+
+    Attributes:
+        kept: Bytes of statistics between batches, without what one batch adds apart.
+    """
 
     shape: Shape
     processes: int
     sharded: bool
     seconds: Mapping[str, float]
     bytes: Mapping[str, float]
+    kept: float
     fits: bool
 
     @property
@@ -246,16 +247,29 @@ def predicted(shape: Shape, processes: int, workload: Workload, costs: Costs, ma
         sizes.append(max(one_sample, sizes[-1] / 2))
     for sharded in (False, True)[: min(processes, 2)]:
         ways += [
-            _way(shape, processes, workload, costs, replace(machine, batch_tokens=size), sharded=sharded)
+            way_of(shape, processes, workload, costs, replace(machine, batch_tokens=size), sharded=sharded)
             for size in sizes
         ]
     fitting = [way for way in ways if way.fits]
     return min(fitting, key=lambda way: way.total) if fitting else min(ways, key=lambda way: way.peak)
 
 
-def _way(
+def way_of(
     shape: Shape, processes: int, workload: Workload, costs: Costs, machine: Assumptions, *, sharded: bool
 ) -> Prediction:
+    """Seconds and bytes with so many processes, in batches of `machine.batch_tokens`.
+
+    Args:
+        shape: The model.
+        processes: How many.
+        workload: The data.
+        costs: Seconds per unit of work.
+        machine: The machines.
+        sharded: Whether FSDP2 shards the model; otherwise every process holds it whole.
+
+    Returns:
+        The prediction.
+    """
     layers = shape.layers()
     owners, busiest = _division(shape, processes)
     sums = statistics_bytes(shape, workload)
@@ -269,7 +283,7 @@ def _way(
         "solves": costs.per_solve * busiest,
         "search": search,
     }
-    kept = _largest_share(sums, owners)
+    kept = largest_share(sums, owners) if sharded else sum(sums.values())
     held: dict[str, float] = {}
     if sharded:
         moved = _transfer(machine, processes, sum(sums.values()), len(layers), times=1)
@@ -282,11 +296,11 @@ def _way(
         held["statistics"] = kept + max(sums.values())
     else:
         seconds["adding sums"] = _transfer(machine, processes, sum(sums.values()), len(layers), times=2)
-        held["weights"], held["statistics"] = weights, sum(sums.values())
+        held["weights"], held["statistics"] = weights, kept
     activations = min(share, machine.batch_tokens) * shape.hidden * shape.blocks * machine.activation_bytes
     solver = 8 * machine.solver_matrices * max(spec.in_features for spec in layers) ** 2
     held["activations" if activations > solver else "solver"] = max(activations, solver)
-    return Prediction(shape, processes, sharded, seconds, held, sum(held.values()) <= machine.gpu_bytes)
+    return Prediction(shape, processes, sharded, seconds, held, kept, sum(held.values()) <= machine.gpu_bytes)
 
 
 @functools.cache
@@ -300,7 +314,8 @@ def _division(shape: Shape, processes: int) -> tuple[dict[str, int], float]:
     return owners, max(solve_work(share, leaders) for share in shares.values())
 
 
-def _largest_share(sums: Mapping[str, int], owners: Mapping[str, int]) -> int:
+def largest_share(sums: Mapping[str, int], owners: Mapping[str, int]) -> int:
+    """Bytes of the process that owns most."""
     totals: dict[int, int] = {}
     for name, size in sums.items():
         totals[owners[name]] = totals.get(owners[name], 0) + size
@@ -333,136 +348,9 @@ def rows_of(predictions: Sequence[Prediction]) -> Iterator[str]:
         )
 
 
-# Against measured runs
-
-
-def measure(options: argparse.Namespace) -> None:
-    """One run in the processes of a launcher; rank 0 writes what each took."""
-    from lora_da_core.distributed import launched
-
-    with launched(600.0):
-        figures = run_figures(options)
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(Path(options.measure), figures)
-
-
-def run_figures(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds, processor seconds and bytes of one run, of all processes of the group there is, or of this one."""
-    import torch
-    import torch.distributed as dist
-    from peft import LoraConfig
-
-    from benchmarks.distributed import LINEAR
-
-    if options.device == "cpu":
-        torch.set_num_threads(1)  # processes share the cores
-    model, batches, shape = _model_and_data(options)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
-    pipeline = lora_da_core.build_pipeline()
-    pipeline.run(model, batches[:1], lora)  # warms up
-    started, processor = time.perf_counter(), time.process_time()
-    estimates = pipeline.estimate(model, batches, lora)
-    found = pipeline.solve(estimates)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    own = {
-        "seconds": time.perf_counter() - started,
-        "processor": time.process_time() - processor,
-        "phases": dict(found.report.seconds),
-        "statistics_bytes": _held(estimates),
-        "weights_bytes": sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in model.parameters()),
-    }
-    alone = not dist.is_initialized()
-    told: list[Any] = [own]
-    if not alone:
-        told = [None] * dist.get_world_size()
-        dist.all_gather_object(told, own)
-    workload = Workload(found.report.samples, sum(int(batch["attention_mask"].sum()) for batch in batches))
-    return {"shape": asdict(shape), "workload": asdict(workload), "sharded": options.sharded, "ranks": told}
-
-
-def _model_and_data(options: argparse.Namespace) -> tuple[Any, list[Any], Shape]:
-    import torch
-
-    from benchmarks import distributed
-
-    sizes = argparse.Namespace(**{**vars(options), "batch": 8})
-    device = torch.device(options.device)
-    model, batches = random_llama(sizes, device), distributed._batches(sizes)
-    shape = Shape("measured", options.layers, options.hidden, options.intermediate, options.hidden, options.vocabulary)
-    if device.type == "cpu":
-        model = model.float()
-    if options.sharded:
-        from torch.distributed.fsdp import fully_shard
-
-        for block in model.model.layers:
-            fully_shard(block)
-        fully_shard(model)
-    return model, batches, shape
-
-
-def _held(estimates: Any) -> int:
-    layers = estimates.statistics.layers.values()
-    groups = {id(layer.group): layer.group for layer in layers}
-    sums = [each.statistics() for layer in layers for each in (layer.fisher, layer.gradient)]
-    sums += [group.accumulator.statistics() for group in groups.values()]
-    return sum(value.nbytes for values in sums for value in values.values())
-
-
-def validated(records: Sequence[Mapping[str, Any]], machine: Assumptions) -> list[dict[str, Any]]:
-    """What runs of several processes took, against what the first record, of one process, predicts.
-
-    The links of the machine that was measured on are not known, so what they take is not in the prediction: where
-    processes share cores, processor seconds can be compared, which waiting does not add to.
-
-    Args:
-        records: As `--measure` writes them.
-        machine: Its number of tokens per batch counts.
-
-    Returns:
-        For every record its processes, and measured and predicted figures of the busiest one.
-    """
-    first = records[0]
-    if len(first["ranks"]) != 1:
-        raise SystemExit("the first record must be of one process.")
-    shape, workload = Shape(**first["shape"]), Workload(**first["workload"])
-    costs = Costs.measured(shape, workload, first["ranks"][0]["phases"])
-    base = first["ranks"][0]["processor"] / sum(first["ranks"][0]["phases"].values())
-    found = []
-    for record in records:
-        count = len(record["ranks"])
-        way = _way(shape, count, workload, costs, replace(machine, latency=0.0), sharded=record["sharded"])
-        arithmetic = sum(way.seconds[phase] for phase in ("passes", "solves", "search"))
-        owners = owners_of(shape.layers(), shape.leaders(), count)
-        sums = statistics_bytes(shape, workload)
-        kept = _largest_share(sums, owners) if record["sharded"] else sum(sums.values())
-        found.append(
-            {
-                "processes": count,
-                "sharded": record["sharded"],
-                "seconds": max(rank["seconds"] for rank in record["ranks"]),
-                "predicted_seconds": arithmetic,
-                "processor": max(rank["processor"] for rank in record["ranks"]),
-                "predicted_processor": arithmetic * base,
-                "statistics_bytes": max(rank["statistics_bytes"] for rank in record["ranks"]),
-                "predicted_bytes": kept,
-            }
-        )
-    return found
-
-
 def main() -> None:
-    """Predicts, measures or compares."""
-    options = _options()
-    if options.measure:
-        measure(options)
-        return
-    assumptions = Assumptions()
-    if options.validate:
-        records = [json.loads(Path(name).read_text()) for name in options.validate]
-        for row in validated(records, assumptions):
-            print(json.dumps(row))
-        return
+    """Predicts."""
+    options, assumptions = _options(), Assumptions()
     workload = Workload(options.samples, options.token_total)
     predictions = table(workload, Costs.measured(*GPU_7B), assumptions)
     print("\n".join(rows_of(predictions)))
@@ -471,21 +359,12 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--token-total", type=int, default=50_362)
     parser.add_argument("--json")
-    parser.add_argument("--measure", metavar="FILE")
-    parser.add_argument("--validate", metavar="FILE", nargs="+")
-    parser.add_argument("--sharded", action="store_true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--intermediate", type=int, default=688)
-    parser.add_argument("--vocabulary", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=128, help="of the longest sample that is measured")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

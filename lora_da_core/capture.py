@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
 from lora_da_core.custody import Custody, KeptSums
-from lora_da_core.distributed import ALONE, World
 from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call, watched
@@ -32,6 +31,7 @@ from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.shares import Share, even_share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
+from lora_da_core.world import ALONE, World
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, what is done and what there is to do."""

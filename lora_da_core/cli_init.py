@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_da_core.data import TextOptions
-    from lora_da_core.distributed import World
     from lora_da_core.models import LoadedModel
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
+    from lora_da_core.world import World
 
 NARROWEST = 80
 """Columns of a table on a terminal with fewer."""

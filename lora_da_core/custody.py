@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lora_da_core.distributed import World
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.running_sums import Statistics
 from lora_da_core.shares import owners_of
 from lora_da_core.types import FisherStatistics, LayerSpec
+from lora_da_core.world import World
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import textwrap
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,10 @@ from torch import Tensor
 
 from lora_da_core.errors import OptionError, RankError
 from lora_da_core.roll_call import RollCall
+from lora_da_core.world import ALONE, Progress, World
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 BUCKET_BYTES = 2**24
 """Bytes of small tensors that are added in one collective; one of a sixteenth of that goes alone, where it lies."""
@@ -31,117 +35,22 @@ UNDER_WAY = 8
 DIFFERENCES = 5
 """How many differences between two processes an error lists."""
 
-Progress = Callable[[str, int, int], None]
-
-
-class World:
-    """A single process: what it would ask of others is already here."""
-
-    rank = 0
-    size = 1
-
-    def exchange(self, phase: str, value: Any) -> list[Any]:
-        """Every process's value, by rank; nobody goes on before all have given theirs.
-
-        Args:
-            phase: What for; all must be in the same.
-            value: JSON-representable, and small.
-
-        Returns:
-            The values as JSON gives them back.
-        """
-        return [value]
-
-    def agree(self, phase: str, values: Mapping[str, Any]) -> None:
-        """Makes sure that all processes were told the same.
-
-        Args:
-            phase: What for.
-            values: JSON-representable, by name.
-        """
-
-    def gather(self, phase: str, value: Any) -> list[Any]:
-        """Every process's value, by rank.
-
-        Args:
-            phase: What for.
-            value: Whatever can be pickled; its tensors on the CPU.
-
-        Returns:
-            The values.
-        """
-        return [value]
-
-    def add(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        """Adds the processes' tensors, in place; all have them in the same order, shapes and dtypes.
-
-        Args:
-            phase: What for.
-            tensors: Floating-point, on any devices.
-        """
-
-    def add_at(self, phase: str, tensors: Sequence[Tensor], owner: int) -> None:
-        """Adds the processes' tensors, in place on one of them; what the others' hold afterwards is undefined.
-
-        Nobody waits to see whether all are there: it is meant for processes that gather each other's weights anyway.
-
-        Args:
-            phase: What for.
-            tensors: As `add` takes them.
-            owner: The rank that gets the sums.
-        """
-
-    def broadcast(
-        self, phase: str, values: Mapping[str, Tensor], source: int, device: torch.device
-    ) -> dict[str, Tensor]:
-        """One process's tensors.
-
-        Args:
-            phase: What for.
-            values: The tensors of `source`; what the others give is not looked at.
-            source: A rank.
-            device: Where the others put those that are not on the host there.
-
-        Returns:
-            At the source the values themselves, elsewhere equal ones.
-        """
-        return dict(values)
-
-    def equalise(self, phase: str, tensors: Sequence[Tensor]) -> None:
-        """Overwrites the processes' tensors, of the same shapes, with rank 0's.
-
-        Args:
-            phase: What for.
-            tensors: On any devices.
-        """
-
-    def watched(self, on_progress: Progress | None) -> Progress | None:
-        """A progress function that also stops this process soon after another has failed.
-
-        Args:
-            on_progress: Told as well.
-
-        Returns:
-            The function.
-        """
-        return on_progress
-
-
-ALONE = World()
-
 
 class Joined(World):
     """The processes of a process group; see `joined`.
 
     Args:
-        roll_call: Where they meet.
+        store: Where they meet.
         rank: This process.
         size: How many there are.
+        timeout: As `joined` takes it.
     """
 
-    def __init__(self, roll_call: RollCall, rank: int, size: int) -> None:
-        self.rank, self.size, self._roll_call = rank, size, roll_call
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size = rank, size
+        self._roll_call = RollCall(store, rank, size, timeout, _abort)
         self._group: Any = None
+        self._under_way = False
 
     @contextlib.contextmanager
     def session(self) -> Iterator[World]:
@@ -160,12 +69,17 @@ class Joined(World):
         except RankError:
             raise
         except BaseException as error:  # Ctrl-C among them: the others must not wait
+            if self._roll_call.freed or _is_of_collective(error):
+                # Another's fault perhaps, in a collective that gathers weights; then that is what to raise.
+                self._roll_call.await_fault()
             self._roll_call.report(error)
             raise
         finally:
             if not ended:
                 # At once: another process may be waiting inside a collective.
                 self._close()
+                if self._under_way:
+                    _abort()
             self._roll_call.leave()
             if ended:
                 self._close()
@@ -276,7 +190,9 @@ class Joined(World):
     def _collective(self, phase: str, work: Callable[[], object]) -> None:
         # All are here before any begins, so that no collective waits for a process that is gone.
         self.exchange(phase, None)
+        self._under_way = True
         self._explained(phase, work)
+        self._under_way = False
 
     def _explained(self, phase: str, work: Callable[[], object]) -> None:
         try:
@@ -292,9 +208,9 @@ class Joined(World):
             work.wait()  # raises what went wrong, and lets a GPU's stream go on
 
     def _close(self) -> None:
-        if self._group is not None:
+        if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
-            self._group = None
+        self._group = None
 
 
 @contextlib.contextmanager
@@ -325,8 +241,7 @@ def joined(timeout: float) -> Iterator[World]:
         )
     # Every process counts its own runs, so that the keys of two runs never meet.
     number = store.add(f"lora_da/runs/{rank}", 1)
-    roll_call = RollCall(PrefixStore(f"lora_da/{number}", store), rank, size, timeout)
-    with Joined(roll_call, rank, size).session() as world:
+    with Joined(PrefixStore(f"lora_da/{number}", store), rank, size, timeout).session() as world:
         yield world
 
 
@@ -357,6 +272,8 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
             )
         torch.cuda.set_device(device)
     backend = "gloo" if device is None else "cpu:gloo,cuda:nccl"
+    # NCCL's watchdog would end a process whose neighbour has died before it can say whose fault it is.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # another process is missing, or an environment variable
@@ -365,13 +282,29 @@ def launched(timeout: float) -> Iterator[torch.device | None]:
     try:
         yield device
     except BaseException:
-        if device is not None:
-            # What is under way on the GPU waits for processes that have failed.
-            dist.distributed_c10d._abort_process_group()
+        _abort()
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _abort() -> None:
+    """Ends what is under way on GPUs, which would wait for a process that has failed; the process group is no more.
+
+    gloo needs no such thing: there a process that ends takes its connections with it.
+    """
+    if dist.is_initialized() and "nccl" in str(dist.get_backend_config()):
+        dist.distributed_c10d._abort_process_group()
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Whether torch raised it, somewhere below, because a collective could not go on."""
+    below = error.__cause__ or error.__context__
+    own = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    if own and (isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))):
+        return True
+    return below is not None and _is_of_collective(below)
 
 
 def _brief(value: Any) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_da_core.blame import blamed
-from lora_da_core.distributed import World
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
+from lora_da_core.world import World
 
 
 class Merger:

@@ -24,7 +24,7 @@ from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.display import html_table
-from lora_da_core.distributed import ALONE, World, joined
+from lora_da_core.distributed import joined
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
 from lora_da_core.finish import Finish
@@ -38,6 +38,7 @@ from lora_da_core.repeatability import order_notes
 from lora_da_core.rounds import Keep, keep_nothing
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec, LoraDAResult
+from lora_da_core.world import ALONE, World
 
 if TYPE_CHECKING:
     from peft import LoraConfig

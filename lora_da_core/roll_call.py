@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_da_core.errors import RankError
@@ -30,25 +30,30 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.0005, 0.05
 class RollCall:
     """A meeting place that never waits for a process which is gone.
 
-    Every process gives signs of life from a thread. Whoever waits looks for the values it waits for, for a fault that
-    another has reported, and for processes that have fallen silent; the first fault is everybody's.
+    A thread of every process gives signs of life and listens for those of the others; that one has fallen silent is a
+    fault like those that processes report of themselves. Whoever waits looks for what it waits for and for a fault;
+    the first is everybody's. A process that does not look, since it waits in a collective of others' making, is freed.
 
     Args:
         store: The process group's, under a prefix of this run.
         rank: This process.
         size: How many there are.
         timeout: Seconds that a process waits for the others at most.
+        free: Ends collectives that another process will never come to; called from a thread, once, where this process
+            has not looked for a fault for as long as it would take to count as killed.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        self._store, self._rank, self._size, self.timeout = store, rank, size, timeout
+    def __init__(self, store: Store, rank: int, size: int, timeout: float, free: Callable[[], None]) -> None:
+        self._store, self._rank, self._size, self.timeout, self._free = store, rank, size, timeout, free
         self.silence = min(LONGEST_SILENCE, timeout / 10)
+        self.freed = False
         self._count = 0
-        self._last_look = self._last_listened = 0.0
-        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._last_look = 0.0
+        self._phase = ""
         self._lost: set[int] = set()
+        self._leaves = False
         self._ended = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="lora-da signs of life", daemon=True)
+        self._heart = threading.Thread(target=self._live, name="lora-da signs of life", daemon=True)
 
     def start(self) -> None:
         """Gives the first sign of life, and goes on giving them."""
@@ -71,7 +76,7 @@ class RollCall:
         Raises:
             RankError: Another process failed, fell silent, did not come in time, or is in another phase.
         """
-        number, self._count = self._count, self._count + 1
+        number, self._count, self._phase = self._count, self._count + 1, phase
         names = [f"{number}/{rank}" for rank in range(self._size)]
         with self._reached():
             self._store.set(names[self._rank], json.dumps([phase, value]))
@@ -96,12 +101,11 @@ class RollCall:
         Raises:
             RankError: Another process has failed or fallen silent.
         """
-        now = time.monotonic()
+        now, self._phase = time.monotonic(), phase
         if now - self._last_look >= LONGEST_PAUSE:
             self._last_look = now
             with self._reached():
                 self._look_for_fault()
-                self._listen(self._others, phase)
 
     def report(self, error: BaseException) -> None:
         """Tells the others that this process failed, unless another has failed before.
@@ -112,7 +116,7 @@ class RollCall:
         text = f"failed: {type(error).__name__}: {error}" if str(error) else f"failed: {type(error).__name__}"
         # What this process raises is the error itself.
         with contextlib.suppress(RankError), self._reached():
-            self._tell(self._rank, text)
+            _tell(self._store, self._rank, text)
 
     def wait_for(self, done: Callable[[], bool], phase: str) -> None:
         """Waits for a collective, unless a process that takes part has failed or fallen silent.
@@ -124,11 +128,10 @@ class RollCall:
         Raises:
             RankError: Another process failed or fell silent, or the time is over.
         """
-        until, pause = time.monotonic() + self.timeout, FIRST_PAUSE
+        until, pause, self._phase = time.monotonic() + self.timeout, FIRST_PAUSE, phase
         while not done():
             with self._reached():
                 self._look_for_fault()
-                self._listen(self._others, phase)
             if time.monotonic() > until:
                 self._fail(
                     self._rank, f"could not complete {phase!r} within {self.timeout:g} s though every rank lives"
@@ -146,16 +149,24 @@ class RollCall:
         Raises:
             RankError: Names the process that failed or fell silent.
         """
-        until = time.monotonic() + self.silence * (1 + 2 / BEATS)
-        with self._reached():
-            while time.monotonic() < until:
-                self._look_for_fault()
-                self._listen(self._others, phase)
-                time.sleep(LONGEST_PAUSE)
+        self.await_fault()
         self._fail(self._rank, f"could not complete {phase!r} though every process lives: {error}")
+
+    def await_fault(self) -> None:
+        """Gives another process the time that it takes to be missed, or to say that it failed.
+
+        Raises:
+            RankError: It was another's fault.
+        """
+        until = time.monotonic() + self.silence * (1 + 2 / BEATS)
+        while time.monotonic() < until:
+            with self._reached():
+                self._look_for_fault()
+            time.sleep(LONGEST_PAUSE)
 
     def leave(self) -> None:
         """Ends the signs of life, after the others have had time to hear of a fault: one of them may keep the store."""
+        self._leaves = True
         # The store's keeper may have left already.
         with contextlib.suppress(RankError), self._reached():
             self._store.set(f"left/{self._rank}", "")
@@ -172,24 +183,48 @@ class RollCall:
     def _others(self) -> list[int]:
         return [rank for rank in range(self._size) if rank != self._rank]
 
-    def _beat(self) -> None:
-        number = 0
-        while not self._ended.wait(self.silence / BEATS):
-            number += 1
-            try:
-                self._own.set(f"beat/{self._rank}", str(number))
-            except RuntimeError:  # whoever waits will find the store gone, and say so
-                return
+    def _live(self) -> None:
+        """The thread: signs of life, those of the others, and what to do where this process hears of no fault."""
+        turn, pause = 0, self.silence / LOOKS
+        quiet: dict[int, tuple[bytes, float]] = {}
+        last, faulty = time.monotonic(), 0.0
+        while not self._ended.wait(pause):
+            turn, now = turn + 1, time.monotonic()
+            # Where this process itself was held up, the others had no chance to be heard.
+            passed, last = min(now - last, 2 * pause), now
+            if not faulty:
+                try:
+                    if turn % (LOOKS // BEATS) == 0:
+                        self._own.set(f"beat/{self._rank}", str(turn))
+                    self._listen(quiet, passed)
+                    faulty = now if self._own.check(["fault"]) else 0.0
+                except RuntimeError:  # whoever looks will find the store gone, and say so
+                    faulty = now
+            elif now - faulty > self.silence and not self.freed and not self._leaves:
+                self.freed = True
+                self._free()
+
+    def _listen(self, quiet: dict[int, tuple[bytes, float]], passed: float) -> None:
+        """Reports the processes that have given no sign of life for too long."""
+        names = [f"beat/{rank}" for rank in self._others]
+        # One that has not yet started gives none.
+        everyone = self._own.check(names)
+        started = [rank for rank in self._others if everyone or self._own.check([f"beat/{rank}"])]
+        beats = self._own.multi_get([f"beat/{rank}" for rank in started]) if started else []
+        for rank, beat in zip(started, beats, strict=True):
+            before, silent = quiet.get(rank, (beat, 0.0))
+            quiet[rank] = beat, silent + passed if beat == before else 0.0
+            if quiet[rank][1] > self.silence:
+                text = f"was killed or lost: no sign of life for {self.silence:g} s, at {self._phase!r}"
+                _tell(self._own, rank, text, lost=True)
 
     def _wait(self, names: list[str], phase: str) -> None:
         until, pause = time.monotonic() + self.timeout, FIRST_PAUSE
         while not self._store.check(names):
             self._look_for_fault()
-            late = time.monotonic() > until
-            if late or self._is_time_to_listen():
+            if time.monotonic() > until:
                 missing = [rank for rank in self._others if not self._store.check([names[rank]])]
-                self._listen(missing, phase)
-                if late and missing:
+                if missing:
                     hint = "is it waiting for something, or was only part of the ranks started?"
                     self._fail(missing[0], f"did not reach {phase!r} within {self.timeout:g} s; {hint}")
             time.sleep(pause)
@@ -199,33 +234,10 @@ class RollCall:
         if self._store.check(["fault"]):
             self._raise(json.loads(self._store.get("fault")))
 
-    def _is_time_to_listen(self) -> bool:
-        return time.monotonic() - self._last_listened >= self.silence / LOOKS
-
-    def _listen(self, ranks: Sequence[int], phase: str) -> None:
-        """Fails if one of these has given no sign of life for too long, as far as this process has listened."""
-        if not ranks or not self._is_time_to_listen():
-            return
-        now = self._last_listened = time.monotonic()
-        names = [f"beat/{rank}" for rank in ranks]
-        # One that has not yet started gives none.
-        started = ranks if self._store.check(names) else [rank for rank in ranks if self._store.check([f"beat/{rank}"])]
-        beats = self._store.multi_get([f"beat/{rank}" for rank in started]) if started else []
-        for rank, beat in zip(started, beats, strict=True):
-            if rank not in self._heard or self._heard[rank][0] != beat:
-                self._heard[rank] = (beat, now)
-            elif now - self._heard[rank][1] > self.silence:
-                self._fail(rank, f"was killed or lost: no sign of life for {self.silence:g} s, at {phase!r}", lost=True)
-
-    def _fail(self, rank: int, text: str, *, lost: bool = False) -> None:
+    def _fail(self, rank: int, text: str) -> None:
         with self._reached():
-            first = self._tell(rank, text, lost=lost)
+            first = _tell(self._store, rank, text)
         self._raise(first)
-
-    def _tell(self, rank: int, text: str, *, lost: bool = False) -> Any:
-        fault = json.dumps({"rank": rank, "text": text, "lost": lost})
-        # Of several only the first is kept, so that all processes say the same.
-        return json.loads(self._store.compare_set("fault", "", fault))
 
     def _raise(self, fault: Any) -> None:
         if fault["lost"]:
@@ -240,3 +252,9 @@ class RollCall:
         except RuntimeError as error:
             keeper = "rank 0, or the launcher, which keeps the store,"
             raise RankError(f"{keeper} of the process group cannot be reached: {str(error).splitlines()[0]}") from error
+
+
+def _tell(store: Store, rank: int, text: str, *, lost: bool = False) -> Any:
+    """Reports a fault; gives the one that all processes are told, the first."""
+    fault = json.dumps({"rank": rank, "text": text, "lost": lost})
+    return json.loads(store.compare_set("fault", "", fault))

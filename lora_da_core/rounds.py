@@ -17,7 +17,6 @@ from lora_da_core.blame import is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
-from lora_da_core.distributed import World
 from lora_da_core.errors import DataError, LoraDAError
 from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients, with_enough_tokens
 from lora_da_core.omega import paired
@@ -27,6 +26,7 @@ from lora_da_core.shares import owners_of
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
 from lora_da_core.types import Batch, LayerSpec
 from lora_da_core.wide_products import full_float32
+from lora_da_core.world import World
 
 logger = logging.getLogger(__name__)
 

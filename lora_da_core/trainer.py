@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from lora_da_core.batches import first_samples, to_device
-from lora_da_core.distributed import ALONE, World, joined
+from lora_da_core.distributed import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.modes import random_states_kept
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, RunReport
+from lora_da_core.world import ALONE, World
 
 SAMPLES = 64
 """Samples that are read where neither the call nor the pipeline says how many."""

@@ -13,8 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 240
+PATIENCE = 600
 """Seconds in which everything that a test starts must have ended, on a machine that is busy with other things."""
+
+ON_GPUS = os.environ.get("LORA_DA_TEST_DEVICE") == "cuda"
+"""Whether every process has a GPU of its own, and tensors there travel by NCCL."""
+
+
+def own_device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", dist.get_rank()) if ON_GPUS else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -101,13 +109,21 @@ def _member(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    backend = "gloo"
+    if ON_GPUS:
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # as `launched` has it
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
     store = dist.TCPStore("127.0.0.1", port, None, is_master=keeper, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE))
     begun = time.monotonic()
     try:
         found = work(*arguments)
     except Exception as error:
         queue.put((rank, None, f"{type(error).__name__}: {error}", time.monotonic() - begun))
+        if ON_GPUS and dist.is_initialized():
+            dist.distributed_c10d._abort_process_group()  # others may be gone, and NCCL would wait for them
     else:
         queue.put((rank, found, "", time.monotonic() - begun))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

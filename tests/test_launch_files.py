@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from torch import nn
+from typer.testing import CliRunner
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import storage
+from lora_da_core.cli import app
+from process_worlds import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "examples" / "distributed"
@@ -37,15 +40,18 @@ def test_two_processes_write_the_adapter_of_one(world: Path, tmp_path: Path) -> 
         for name in ("torchrun", "accelerate")
     }
     init = ("init", "--model", given[0], "--data", given[1], "--output", tmp_path / "one")
-    running["one"] = launched(sys.executable, "-m", "lora_da_core.cli", *init, *OPTIONS)
+    alone = CliRunner().invoke(app, [*map(str, init), *OPTIONS])
+    assert alone.exit_code == 0, alone.output
+    told = {"one": alone.output}
     for name, process in running.items():
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output
+        told[name], _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, told[name]
+    for name, output in told.items():
         # The first process speaks for all.
         assert output.count("saved to") == 1 and output.count("note: N = ") == 1, output
         shared = "2 processes shared the run" in storage.read_report(tmp_path / name).notes
         assert shared == (name != "one")
-    one, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", *running))
+    one, *others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in told)
     for other in others:
         for name in [name for name in one if "lora_A" in name]:
             pair = name, name.replace("lora_A", "lora_B")
@@ -61,9 +67,7 @@ def test_every_launch_file_is_short_parses_and_is_listed(path: Path) -> None:
     assert len(text.splitlines()) <= 25 and os.access(path, os.X_OK)
     assert f"`{path.name}`" in (FILES.parent / "README.md").read_text()
     if "lora_da_core.cli init" not in text:
-        usage = subprocess.run(
-            [sys.executable, "-m", "lora_da_core.cli", "ablate", "--help"], capture_output=True, text=True, check=True
-        ).stdout
+        usage = CliRunner().invoke(app, ["ablate", "--help"], env={"COLUMNS": "200"}).output
         assert set(re.findall(r"--[a-z]+", text)) <= set(re.findall(r"--[a-z-]+", usage))
 
 

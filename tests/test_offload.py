@@ -203,7 +203,7 @@ def checkpoint(world, tmp_path_factory):
     """A model most of whose bytes are weights, with a tokenizer."""
     folder = tmp_path_factory.mktemp("larger") / "model"
     shutil.copytree(world / "model", folder)
-    shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 12, "vocab_size": 47}
+    shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 47}
     make_tiny_llama(**shape).save_pretrained(folder)
     return folder
 

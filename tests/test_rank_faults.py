@@ -1,4 +1,7 @@
-"""A rank that raises, disagrees, is killed or comes late: every other says so and stops, and nothing is left half."""
+"""A rank that raises, disagrees, is killed or comes late: every other says so and stops, and nothing is left half.
+
+On two GPUs, with NCCL: LORA_DA_TEST_DEVICE=cuda python -m pytest tests/test_rank_faults.py -q -p no:cacheprovider
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter, agreement, capture, distributed, rounds, storage
 from lora_da_core.distributed import joined
-from process_worlds import Worlds
+from process_worlds import ON_GPUS, Worlds, own_device
 
 TIMEOUT = 40.0
 """Of the runs here; a rank counts as killed after a tenth."""
-NOTICED = 45
-"""Seconds in which the others must have ended, on a busy machine; on a quiet one it takes about a tenth of TIMEOUT."""
+NOTICED = 120
+"""Seconds in which the others must have ended, a fifth of what the process group's own timeout would take."""
 
 PHASES = {
     "before the sums are added": "statistics",
@@ -42,14 +47,15 @@ def at(phase: str, action: Callable[[], None]) -> None:
         "solve": (rounds.LayerSolver, "prepare"),
         "solution": (rounds.LayerSolver, "solve"),
         "write": (storage, "write_json"),
+        "reduce": (dist, "reduce"),
     }
     owner, name = places[phase]
     real, calls = getattr(owner, name), []
 
     def acting(*arguments: Any, **rest: Any) -> Any:
         calls.append(name)
-        # Within the all-reduce: when the others are in one already, and more of them are to come.
-        if phase != "all_reduce" or len(calls) == 2:
+        # Within the collectives: when the others are in one already, and more of them are to come.
+        if phase not in ("all_reduce", "reduce") or len(calls) == 2:
             action()
         return real(*arguments, **rest)
 
@@ -68,13 +74,19 @@ def run_out() -> None:
     raise torch.OutOfMemoryError("no room")
 
 
-def init(output: Path, phase: str, kind: str, who: int) -> None:
-    """What the command line does, with a fault in the rank `who`."""
+def stop(phase: str, kind: str, who: int) -> None:
+    """A fault to come in the rank `who`."""
     if dist.get_rank() == who:
         at(phase, {"killed": die, "raised": fail, "memory": run_out}[kind])
+
+
+def init(output: Path, phase: str, kind: str, who: int) -> None:
+    """What the command line does, with a fault in the rank `who`."""
+    stop(phase, kind, who)
     distributed.BUCKET_BYTES = 2**12  # so that there are several collectives to die in
     config = LoraDAConfig(gamma=64.0, process_timeout=TIMEOUT)
-    model, lora = make_tiny_llama(num_hidden_layers=1), LoraConfig(r=2, target_modules=["q_proj", "o_proj", "up_proj"])
+    model = make_tiny_llama(num_hidden_layers=1).to(own_device())
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "up_proj"])
     with joined(config.process_timeout) as world:
         result = lora_da_core.build_pipeline(config=config).run(model, make_batches(make_samples()), lora, world=world)
         if world.rank == 0:
@@ -93,7 +105,7 @@ def worlds() -> Iterator[Worlds]:
 def test_a_fault_at_any_phase_is_named_by_every_other_rank(worlds: Worlds, tmp_path: Path, kind: str) -> None:
     started = {}
     for name, phase in PHASES.items():
-        who, size = 0 if phase == "write" else 1, 3 if phase == "all_reduce" else 2
+        who, size = 0 if phase == "write" else 1, 3 if phase == "all_reduce" and not ON_GPUS else 2
         started[name] = who, worlds.start(size, init, tmp_path / name, phase, kind, who)
     for name, (who, number) in started.items():
         endings = worlds.endings(number)
@@ -109,6 +121,41 @@ def test_a_fault_at_any_phase_is_named_by_every_other_rank(worlds: Worlds, tmp_p
         assert not (tmp_path / name).exists(), name
     if kind == "raised":
         assert list(tmp_path.iterdir()) == []
+
+
+def run_sharded(place: str, kind: str) -> None:
+    """A run on a model that FSDP2 shards, in which rank 1 stops while rank 0 gathers weights or sends sums."""
+    model: Any = make_tiny_llama(num_hidden_layers=2).to(own_device())
+    mesh = init_device_mesh(own_device().type, (2,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if place == "sums":
+        stop("reduce", kind, 1)
+    elif dist.get_rank() == 1:
+        calls: list[int] = []
+
+        def third(*_: Any) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                {"killed": die, "raised": fail}[kind]()
+
+        model.model.layers[0].mlp.register_forward_pre_hook(third)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj", "up_proj"])
+    config = LoraDAConfig(gamma=64.0, process_timeout=TIMEOUT)
+    lora_da_core.build_pipeline(config=config).run(model, make_batches(make_samples()), lora)
+
+
+def test_a_fault_in_a_sharded_run_is_named_too(worlds: Worlds) -> None:
+    cases = [(place, kind) for place in ("weights", "sums") for kind in ("killed", "raised")]
+    started = {case: worlds.start(2, run_sharded, *case) for case in cases}
+    for (place, kind), number in started.items():
+        first, second = worlds.endings(number)
+        how = "was killed or lost" if kind == "killed" else "failed: "
+        assert first.error.startswith(f"RankError: rank 1 of 2 {how}"), (place, kind, first, second)
+        assert first.seconds < NOTICED and first.exitcode == 0
+        assert second.exitcode == (-signal.SIGKILL if kind == "killed" else 0)
+        assert kind == "killed" or ("out of luck" in first.error and "out of luck" in second.error)
 
 
 def test_memory_that_runs_out_in_one_rank_stops_all(worlds: Worlds, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import scale_model
+from benchmarks import scale_check, scale_model
 from benchmarks.scale_model import GIB, GPU_7B, SHAPES, Assumptions, Costs, Workload, predicted, statistics_bytes
 from process_worlds import Worlds
 
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "scale.md"
 COSTS = Costs.measured(*GPU_7B)
 SMALL = ["--layers", "2", "--hidden", "64", "--intermediate", "160", "--vocabulary", "50", "--tokens", "16"]
 
 
 def options(*more: str) -> argparse.Namespace:
-    return scale_model._options([*SMALL, "--samples", "12", *more])
+    return scale_check._options(["--measure", "file", *SMALL, "--samples", "12", *more])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -62,7 +65,7 @@ def test_collectives_take_what_rings_take() -> None:
 def test_work_is_divided_until_a_sample_or_a_layer_is_the_least(shape: scale_model.Shape) -> None:
     workload, rows = Workload(), {}
     for count in (1, 2, 8, 512):
-        rows[count] = scale_model._way(shape, count, workload, COSTS, Assumptions(), sharded=count > 1)
+        rows[count] = scale_model.way_of(shape, count, workload, COSTS, Assumptions(), sharded=count > 1)
     assert rows[8].seconds["passes"] == pytest.approx(rows[1].seconds["passes"] / 8)
     assert rows[512].seconds["passes"] == pytest.approx(rows[1].seconds["passes"] / 256)
     assert rows[2].seconds["solves"] == pytest.approx(rows[1].seconds["solves"] / 2, rel=0.05)
@@ -78,7 +81,7 @@ def test_what_does_not_fit_is_said_not_to_fit() -> None:
 
 
 def measured(sharded: bool) -> dict[str, Any]:
-    return scale_model.run_figures(options(*(["--sharded"] if sharded else [])))
+    return scale_check.run_figures(options(*(["--sharded"] if sharded else [])))
 
 
 def test_bytes_of_measured_runs_are_those_that_were_predicted() -> None:
@@ -86,14 +89,32 @@ def test_bytes_of_measured_runs_are_those_that_were_predicted() -> None:
     try:
         whole, divided = worlds.start(2, measured, False), worlds.start(2, measured, True)
         alone = measured(False)
-        rows = scale_model.validated([alone, worlds.values(whole)[0], worlds.values(divided)[0]], Assumptions())
+        found = scale_check.measured([alone, worlds.values(whole)[0], worlds.values(divided)[0]])
     finally:
         worlds.kill()
-    assert [row["processes"] for row in rows] == [1, 2, 2]
-    assert [row["statistics_bytes"] for row in rows] == [row["predicted_bytes"] for row in rows]
-    assert rows[0]["predicted_seconds"] == pytest.approx(sum(alone["ranks"][0]["phases"].values()), rel=0.05)
-    assert rows[2]["statistics_bytes"] < 0.75 * rows[1]["statistics_bytes"]
-    assert all(row["processor"] > 0 and row["predicted_processor"] > 0 for row in rows)
+    one, two, sharded = found
+    assert [each.run.processes for each in found] == [1, 2, 2]
+    assert [each.run.held for each in found] == [each.held for each in found]
+    assert one.seconds == pytest.approx(one.run.seconds) and one.error == pytest.approx(0)
+    assert sharded.run.held < 0.75 * two.run.held
+    assert all(each.run.seconds > 0 and each.seconds > 0 for each in found)
+    assert len(list(scale_check.rows_of(found))) == 5
+
+
+def test_the_page_shows_two_gpus_beside_what_is_predicted_of_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ROOT / "benchmarks" / "results" / "two_gpus_2026-11-26.json"
+    monkeypatch.setattr("sys.argv", ["scale_check", str(file)])
+    scale_check.main()
+    shown = capsys.readouterr().out
+    assert shown in PAGE.read_text()
+    figures = json.loads(file.read_text())
+    one, all_, sharded = scale_check.on_gpus(figures)
+    assert one.seconds == pytest.approx(sum(figures["rows"]["one"]["phases"].values()), rel=1e-3)
+    assert all_.run.seconds == figures["rows"]["all"]["seconds"]
+    assert all_.way.seconds["adding sums"] > 0 and sharded.way.seconds["gathering weights"] > 0
+    assert sharded.held < all_.held <= one.held
 
 
 def test_the_page_shows_what_the_command_prints(
@@ -102,5 +123,4 @@ def test_the_page_shows_what_the_command_prints(
     monkeypatch.setattr("sys.argv", ["scale_model"])
     monkeypatch.setattr(scale_model, "PROCESSES", (1, 8, 32, 128, 512))
     scale_model.main()
-    page = (Path(__file__).resolve().parents[1] / "docs" / "scale.md").read_text()
-    assert capsys.readouterr().out in page
+    assert capsys.readouterr().out in PAGE.read_text()

@@ -1,25 +1,33 @@
-"""A model that DeepSpeed's ZeRO-3 shards among two processes, against one process on the whole model."""
+"""Models that DeepSpeed's ZeRO-3 shards among two processes of `accelerate launch`, against one on the whole model."""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from peft import LoraConfig
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig
-from process_worlds import Worlds
 
 pytest.importorskip(
     "deepspeed", reason="DeepSpeed, which compiles an extension when it first runs, is not there: pip install deepspeed"
 )
 
 PIPELINES = {"kfac": "kfac", "ekfac": "ekfac"}
+SETTINGS = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "bf16": {"enabled": False},
+}
 
 
 def run(model: Any, estimator: str) -> dict[str, Any]:
@@ -27,34 +35,49 @@ def run(model: Any, estimator: str) -> dict[str, Any]:
     lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     result = pipeline.run(model, make_batches(make_samples(11)), lora)
     products = {name: (pair.B @ pair.A).numpy() for name, pair in result.factors.items()}
-    return {"products": products, "base": result.report.base, "tokens": result.report.label_tokens}
+    return {
+        "products": products,
+        "base": result.report.base,
+        "tokens": result.report.label_tokens,
+        "left": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
-def sharded() -> dict[str, Any]:
-    # DeepSpeed asks a launcher's variables, not the process group.
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=rank, RANK=rank, WORLD_SIZE=size)
+def main(folder: Path) -> None:
+    """One process of the launcher: a model that accelerate prepares, then one of DeepSpeed's own call."""
     import deepspeed
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    deepspeed.init_distributed("gloo", verbose=False)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage, "bf16": {"enabled": False}}
-    engine = deepspeed.initialize(model=make_tiny_llama(), config=settings)[0]
-    found = {name: run(engine.module, estimator) for name, estimator in PIPELINES.items()}
-    return {**found, "left": sum(parameter.numel() for parameter in engine.module.parameters())}
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    assert (accelerator.distributed_type.value, accelerator.num_processes) == ("DEEPSPEED", 2)
+    prepared = accelerator.unwrap_model(accelerator.prepare(make_tiny_llama()))
+    found = {f"accelerate {name}": run(prepared, estimator) for name, estimator in PIPELINES.items()}
+    engine = deepspeed.initialize(model=make_tiny_llama(), config=SETTINGS)[0]
+    found["deepspeed kfac"] = run(engine.module, "kfac")
+    (folder / f"{accelerator.process_index}.pkl").write_bytes(pickle.dumps(found))
 
 
-def test_zero3_gives_what_the_whole_model_gives() -> None:
-    worlds = Worlds()
-    try:
-        ranks = worlds.run(2, sharded)
-    finally:
-        worlds.kill()
-    for name, estimator in PIPELINES.items():
-        expected = run(make_tiny_llama(), estimator)
-        for found in ranks:
-            assert found["left"] == 0, "parameters are empty again"
-            assert found[name]["base"] == expected["base"]
-            assert found[name]["tokens"] == expected["tokens"]
+def test_zero3_gives_what_the_whole_model_gives(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS))
+    launcher = ["-m", "accelerate.commands.launch", "--use_deepspeed", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--deepspeed_config_file", str(tmp_path / "settings.json"), "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        found = pickle.loads((tmp_path / f"{rank}.pkl").read_bytes())
+        assert found.keys() == {"accelerate kfac", "accelerate ekfac", "deepspeed kfac"}
+        for name, mine in found.items():
+            expected = run(make_tiny_llama(), PIPELINES[name.split()[1]])
+            assert mine["left"] == 0, "parameters are empty again"
+            assert (mine["base"], mine["tokens"]) == (expected["base"], expected["tokens"])
             for layer, product in expected["products"].items():
-                assert np.abs(found[name]["products"][layer] - product).max() < 1e-4 * np.abs(product).max(), layer
+                assert np.abs(mine["products"][layer] - product).max() < 1e-4 * np.abs(product).max(), (name, layer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
