@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask
+from lora_da_core.errors import ModelError
 from lora_da_core.modes import prepared
 from lora_da_core.types import Batch
 
@@ -59,6 +61,7 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
 
     Raises:
         PluginError: The objective raised.
+        ModelError: The model's weights are on several devices, and nothing moves what passes between them.
     """
     objective, origin = task.objective, task.origins.get("objective", "unknown distribution")
     parts = ((number, labelled_part(objective, batch)) for number, batch in enumerate(batches))
@@ -69,6 +72,7 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
         task.base_only(),
         torch.set_grad_enabled(task.needs_backward),
         blamed(f"objective {objective.name!r} ({origin})", f" in batch {number}"),
+        _scattered_weights_named(task.model),
     ):
         first, second = (_detached(objective.losses(task.model, few)) for _ in range(2))
     if first is None or second is None or first.shape != second.shape:
@@ -81,6 +85,25 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
         f"two passes over the same {len(first)} samples gave losses that differ by up to {apart:.2g}: something in the "
         "model is random in evaluation mode too (dropout that ignores eval(), noise), so runs do not repeat"
     ]
+
+
+@contextlib.contextmanager
+def _scattered_weights_named(model: nn.Module) -> Iterator[None]:
+    """Says which weights are where, in the place of torch's complaint of two devices in one operation.
+
+    Asked only then: models may move what passes between their parts by hooks or by code of their own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = {parameter.device: name for name, parameter in reversed(list(model.named_parameters()))}
+        if len(first) < 2 or "same device" not in str(error):
+            raise
+        places = ", ".join(f"{name} on {device}" for device, name in sorted(first.items(), key=lambda item: item[1]))
+        raise ModelError(
+            f"the model's weights are on several devices ({places}), and nothing moves what passes between them; move "
+            f"it to one device with .to(), or load it with device_map, which adds what moves it. {error}"
+        ) from error
 
 
 def _begins_alike(first: Batch, again: Batch) -> bool:

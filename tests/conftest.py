@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from torch import nn
 
 # Small tensors gain nothing from threads, and equal bytes need equal thread counts; also in processes that tests start.
@@ -18,6 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Of the tests in `fuzzing`: thousands of fresh examples; asked for with --hypothesis-profile=nightly.
 settings.register_profile("nightly", deadline=None)
+# Of .ci/mutation.py: that some example fails is all it asks, and the same ones for every mutant.
+settings.register_profile(
+    "mutation", deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+)
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 

@@ -48,6 +48,7 @@ from lora_da_objectives.causal_lm import CausalLM
 from lora_da_solvers.eigh import Eigh
 from lora_da_solvers.lanczos import Lanczos
 from test_capture import BadGradient
+from test_devices import with_a_stray_layer
 from test_factorisations import GAVE_UP
 from test_passes import make_mixtral
 from test_registry import SOLVER, Site, site  # noqa: F401  # a fixture
@@ -289,6 +290,10 @@ def part_on_meta(bench: Bench) -> None:
     model = make_tiny_llama()
     model.model.layers[1].self_attn.q_proj.to("meta")
     bench.run(model=model)
+
+
+def stray_layer(bench: Bench) -> None:
+    bench.run(model=with_a_stray_layer())
 
 
 def mixed_dtypes(bench: Bench) -> None:
@@ -549,6 +554,12 @@ FAULTS = [
     Fault("weights on the meta device", "an error that names the weight and how to load it", part_on_meta, ModelError,
           r"model\.layers\.1\.self_attn\.q_proj\.weight is on the meta device.*load the weights"),
     Fault("layers of several dtypes", "each is computed in the larger of float32 and its own", mixed_dtypes),
+    Fault("layers on several devices, with hooks that move what passes", "the result is that of one device",
+          tests=("tests/test_devices.py::test_layers_on_two_devices_give_what_one_gives",
+                 "tests/test_offload.py::test_an_offloaded_model_gives_the_bytes_of_one_in_memory")),
+    Fault("a layer on a device that nothing moves to", "an error that names a weight on each device, and the cure",
+          stray_layer, ModelError, r"embed_tokens\.weight on .*q_proj\.weight on .*move it to one device with \.to\(\)",
+          ("tests/test_devices.py::test_a_layer_that_nothing_moves_to_is_named",)),
     Fault("a singular factor", "its damping is raised until it can be factorised; remedies name factor and amount",
           singular, tests=("tests/test_factorisations.py::test_a_singular_factor_climbs_the_ladder",)),
     Fault("a solver that does not converge", "others are tried, the dense one last; remedies name them", unconverged,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,30 @@ def test_a_full_disk_under_safetensors_is_a_storage_error(tmp_path: Path) -> Non
     with pytest.raises(StorageError, match="No space left"):
         storage.save_run(tmp_path / "run", full, REPORT, settings={})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "replacing"])
+def test_everything_is_on_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """What a failing machine would lose, and a killed process would not: what was written but not flushed."""
+    target, flush, rename, steps = tmp_path / "run", os.fsync, Path.rename, []
+    if again:
+        storage.save_run(target, write_file, REPORT, settings={})
+
+    def flushed(descriptor: int) -> None:
+        flush(descriptor)
+        steps.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def renamed(self: Path, other: Path) -> Path:
+        steps.append(("rename", self))
+        return rename(self, other)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "rename", renamed)
+    storage.save_run(target, write_file, REPORT, settings={}, overwrite=again)
+    (*before, (_, fresh), last) = steps
+    there = {fresh, *(fresh / path.name for path in target.iterdir())}
+    assert len(there) == 4 and there <= {path for kind, path in before if kind == "flush"}
+    assert ([step for step in before if step[0] == "rename"] == [("rename", target)]) == again
+    assert last == ("flush", tmp_path)
