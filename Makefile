@@ -8,7 +8,9 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: run test check nightly mutation audit format clean
+# make peft-suite: PEFT's own tests of LoRA from our start; fetches PEFT's sources and diffusers into build/peft.
+# make servers: other programs read our adapters; fetches them (vLLM has half a gigabyte) into build/servers.
+.PHONY: run test check nightly peft-suite servers mutation audit format clean
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
@@ -29,6 +31,25 @@ nightly: .venv/installed
 		--hypothesis-profile=nightly --hypothesis-show-statistics -p no:logging
 	$(BIN)/python -m pytest -m nightly
 
+peft-suite: .venv/installed
+	rm -rf build/peft
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build/peft \
+		"peft==$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("peft"))')"
+	$(BIN)/python -m pip install --quiet --no-deps --target build/peft/diffusers diffusers
+	PYTHONPATH=$(CURDIR)/build/peft/diffusers LORA_DA_PEFT_SOURCE="$$(echo $(CURDIR)/build/peft/peft-*.tar.gz)" \
+		$(BIN)/python -m pytest tests/test_peft_suite.py -s
+
+SWIFT := ms-swift==4.6.0 modelscope==1.40.2 modelscope-hub json-repair cryptography cffi pycparser \
+	aiohttp multidict yarl propcache aiohappyeyeballs aiosignal frozenlist
+
+servers: .venv/installed
+	rm -rf build/servers
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/servers axolotl==0.19.0 llamafactory==0.9.5 vllm==0.33.0
+	$(BIN)/python -m pip install --quiet --no-deps --target build/servers/parsers omegaconf antlr4-python3-runtime==4.9.*
+	$(BIN)/python -m pip install --quiet --no-deps --target build/servers/swift $(SWIFT)
+	PYTHONPATH=$(CURDIR)/build/servers/parsers LORA_DA_SERVER_WHEELS=$(CURDIR)/build/servers \
+		$(BIN)/python -m pytest tests/test_server_parsers.py
+
 mutation: .venv/installed
 	$(BIN)/python .ci/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
@@ -40,7 +61,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 
 # torch first, so that nothing else chooses its build. The group `bare` goes in without what its metadata asks for:
-# torchvision and llama-cpp-python, which nothing here uses.
+# torchvision, llama-cpp-python and the like, which nothing here uses.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) --upgrade "pip>=25.1"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
@@ -46,7 +46,7 @@ def fault(layer: LoraLayer, adapter_name: str) -> str:
     if reason:
         return reason
     variant = layer.lora_variant.get(adapter_name)
-    if variant is not None and not isinstance(variant, DoraLinearVariant):
+    if variant is not None and not isinstance(variant, (DoraConv2dVariant, DoraLinearVariant)):
         return f"uses the LoRA variant {type(variant).__name__}, which is not supported"
     rank, in_features, out_features = _sizes(layer, adapter_name)
     if rank > min(in_features, out_features):

@@ -121,6 +121,30 @@ def test_convolutions_reload_and_merge(geometry: dict[str, Any], tmp_path: Path)
     torch.testing.assert_close(reloaded.merge_and_unload()(batches[0]["x"]), expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES[1:4], ids=str)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_dora_on_a_convolution_starts_at_w_plus_its_step(
+    low_cpu_mem_usage: bool, geometry: dict[str, Any], tmp_path: Path
+) -> None:
+    batches, x = image_batches(), image_batches()[0]["x"]
+    lora = LoraConfig(r=2, lora_alpha=3, target_modules=["conv", "head"], use_dora=True)
+    pipeline = lora_da_core.build_pipeline(objective=image_losses)
+    wrapped = get_peft_model(image_model(**geometry), lora, low_cpu_mem_usage=low_cpu_mem_usage)
+    lora_da_core.initialize_lora_da_weights(wrapped, batches, pipeline=pipeline)
+    stepped, layers = image_model(**geometry), wrapped.eval().base_model.model
+    for name in ("conv", "head"):
+        layer, weight = getattr(layers, name), getattr(stepped, name).weight
+        a, b = (getattr(layer, part)["default"].weight.detach().flatten(1) for part in ("lora_A", "lora_B"))
+        assert bool(b.any())
+        weight.data += layer.scaling["default"] * (b @ a).reshape(weight.shape)
+    expected = wrapped(x)
+    torch.testing.assert_close(expected, stepped(x), rtol=1e-6, atol=1e-8)
+    wrapped.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(image_model(**geometry), tmp_path).eval()
+    assert torch.equal(reloaded(x), expected)
+    torch.testing.assert_close(reloaded.merge_and_unload()(x), expected, rtol=1e-6, atol=1e-8)
+
+
 def base_of(peft_model: PeftModel) -> nn.Module:
     model = copy.deepcopy(peft_model)
     return model.unload()  # type: ignore[no-any-return]

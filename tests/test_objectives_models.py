@@ -48,6 +48,20 @@ CASES = {
         {"task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"]},
         "classifier",
     ),
+    "bert, several labels": Case(
+        "sequence_classification",
+        tiny.bert,
+        lambda: labelled((tiny.generated(3) > 0).double(), tiny.texts()),
+        {"task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"]},
+        "classifier",
+    ),
+    "bert, regression": Case(
+        "sequence_classification",
+        lambda: tiny.bert(num_labels=1),
+        lambda: labelled(tiny.generated(1).squeeze(1), tiny.texts()),
+        {"task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"]},
+        "classifier",
+    ),
     "llama": Case(
         "sequence_classification",
         tiny.llama_classifier,

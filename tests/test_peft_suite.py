@@ -1,10 +1,9 @@
 """PEFT's own tests of LoRA on its custom models, every adapter that can be ours started by us.
 
-Run by hand: the tests come with PEFT's source distribution, not with its wheel, and import diffusers.
+Run by hand: the tests come with PEFT's source distribution, not with its wheel, and import diffusers. The command
+fetches both into `build/`.
 
-    python -m pip download --no-deps --no-binary :all: "peft==$(python -c 'import peft; print(peft.__version__)')"
-    python -m pip install --no-deps diffusers
-    LORA_DA_PEFT_SOURCE=peft-0.21.2.tar.gz python -m pytest tests/test_peft_suite.py -s
+    make peft-suite
 """
 
 from __future__ import annotations
@@ -55,10 +54,13 @@ def test_pefts_own_tests_pass_from_our_start(tmp_path: Path) -> None:
     (root / "tests" / "__init__.py").touch()
     command = [sys.executable, "-m", "pytest", "tests/test_custom_models.py", "-p", "lora_da_start", "-q", "-k", CHOSEN]
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
-    environment = {**os.environ, "PYTHONPATH": str(PLUGIN), "HF_HUB_OFFLINE": "1"}
+    paths = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([*command, *options], cwd=root, env=environment, capture_output=True, text=True, check=False)
     print("\n".join(line for line in run.stdout.splitlines() if line.startswith(("adapters ", "FAILED"))))
     print(run.stdout.splitlines()[-1])
     failed = re.findall(r"^FAILED (\S+::\S+.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
     assert [test for test in failed if not any(name in test for name in IDENTITY)] == []
-    assert int(re.findall(r"started by us: (\d+)", run.stdout)[0]) >= LEAST
+    ours = re.findall(r"started by us: (\d+)", run.stdout)
+    assert ours, f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+    assert int(ours[0]) >= LEAST

@@ -144,3 +144,78 @@ def test_the_fingerprint_knows_the_weights(kind: str, directory: Path, tmp_path:
     assert adapter.fingerprint(doubled) != name
     found, expected = base_digests(doubled), base_digests(base)
     assert {key for key, value in found.items() if value != expected[key]} == {codes}
+
+
+# GGUF, which transformers unpacks as it loads it
+
+BLOCK = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""A Llama's modules within a block, and what GGUF calls them."""
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny Llama with matrices in Q8_0: blocks of 32 weights in 8 bits with a scale."""
+    import gguf
+
+    model: Any = make_tiny_llama(hidden_size=64, intermediate_size=128)
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    named = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for number in range(config.num_hidden_layers):
+        named |= {f"model.layers.{number}.{ours}": f"blk.{number}.{theirs}" for ours, theirs in BLOCK.items()}
+    for ours, theirs in named.items():
+        weight = model.get_submodule(ours).weight.detach().numpy()
+        if weight.ndim == 1:
+            writer.add_tensor(f"{theirs}.weight", weight)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{theirs}.weight", gguf.quants.quantize(weight, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_base_is_initialised_as_the_plain_model_it_becomes_and_reloads_on_the_file(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+
+    def unpacked() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).to(DEVICE)
+
+    model = unpacked()
+    plain: Any = make_tiny_llama(hidden_size=64, intermediate_size=128).to(DEVICE)
+    rounded = model.state_dict()
+    assert any(not torch.equal(value, rounded[key]) for key, value in plain.state_dict().items())
+    plain.load_state_dict(rounded)
+    pipeline = lora_da_core.build_pipeline()
+    digests = base_digests(model)
+    expected = pipeline.run(plain, BATCHES, LORA)
+    tuned = lora_da_core.get_lora_da_model(model, LORA, BATCHES, pipeline=pipeline)
+    assert base_digests(tuned) == digests
+    for name, pair in expected.factors.items():
+        layer = tuned.get_submodule(f"base_model.model.{name}")
+        assert torch.equal(layer.lora_A["default"].weight, pair.A)
+        assert torch.equal(layer.lora_B["default"].weight, pair.B) and bool(pair.B.any())
+    assert len(expected.factors) == 14
+    ours = logits(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(unpacked(), tmp_path / "adapter")
+    assert torch.equal(logits(reloaded), ours)
+    torch.testing.assert_close(logits(reloaded.merge_and_unload()), ours, rtol=1e-4, atol=1e-5)

@@ -1,10 +1,8 @@
-"""Other programs' own parsers read what docs/integrations.md tells to write.
+"""Other programs read what docs/integrations.md tells to write: their own parsers, and of ms-swift the training too.
 
-Run by hand, as the programs cannot all be installed beside each other:
+Run by hand, as the programs cannot all be installed beside each other. The command fetches them into `build/servers`:
 
-    python -m pip download --no-deps -d WHEELS axolotl llamafactory vllm && python -m pip install --no-deps omegaconf \
-        antlr4-python3-runtime
-    LORA_DA_SERVER_WHEELS=WHEELS python -m pytest tests/test_server_parsers.py
+    make servers
 """
 
 from __future__ import annotations
@@ -17,14 +15,19 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 
 WHEELS = os.environ.get("LORA_DA_SERVER_WHEELS", "")
-pytestmark = pytest.mark.skipif(not WHEELS, reason="needs the programs' wheels in LORA_DA_SERVER_WHEELS")
+pytestmark = pytest.mark.skipif(
+    not WHEELS, reason="needs other programs' wheels in LORA_DA_SERVER_WHEELS: make servers"
+)
 
 AXOLOTL = """
 from axolotl.utils.schemas.config import AxolotlInputConfig
@@ -68,6 +71,22 @@ except ValueError as error:
 names = json.loads(Path(given, "names.json").read_text())
 answer = {"refused": refused, "layers": {name: helper.get_rank_and_scaling(name) for name in names}}
 """
+SWIFT = """
+import json, sys
+from pathlib import Path
+from swift.pipelines import sft_main
+answer = {}
+for rate in ("0.0", "1e-2"):
+    sft_main([
+        "--model", given + "/model", "--model_type", "llama", "--template", "dummy", "--adapters", given + "/adapter",
+        "--dataset", given + "/data.jsonl", "--load_from_cache_file", "false", "--output_dir", given + "/" + rate,
+        "--add_version", "false", "--max_steps", "3", "--save_steps", "3", "--logging_steps", "1",
+        "--per_device_train_batch_size", "4", "--learning_rate", rate, "--lr_scheduler_type", "constant",
+        "--use_cpu", "true", "--torch_dtype", "float32", "--report_to", "none", "--dataloader_num_workers", "0",
+    ])
+    lines = [json.loads(line) for line in Path(given, rate, "logging.jsonl").read_text().splitlines()]
+    answer[rate] = [float(line["loss"]) for line in lines if "loss" in line]
+"""
 
 
 def parsed(program: str, script: str, given: Path, tmp_path: Path) -> dict[str, object]:
@@ -76,10 +95,16 @@ def parsed(program: str, script: str, given: Path, tmp_path: Path) -> dict[str, 
     root = tmp_path / program
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(root, [name for name in archive.namelist() if not name.endswith(".so")])
+    return answered(root, script, given)
+
+
+def answered(root: Path, script: str, given: Path) -> dict[str, object]:
+    """What a script says of a directory in a process that finds a program's modules in `root`."""
     head = f"from pathlib import Path\nimport sys\nroot, given = Path({str(root)!r}), {str(given)!r}\n"
     head += "sys.path.insert(0, str(root))\n"
     code = f"{head}{script}\nimport json\nprint('ANSWER' + json.dumps(answer))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     lines = [line for line in run.stdout.splitlines() if line.startswith("ANSWER")]
     assert lines, run.stderr[-3000:]
     found: dict[str, object] = json.loads(lines[0].removeprefix("ANSWER"))
@@ -117,3 +142,24 @@ def test_vllm_reads_every_layers_rank_and_scaling(allocator: str, tmp_path: Path
     assert found["refused"] == ""
     for name, (rank, scaling) in found["layers"].items():  # type: ignore[attr-defined]
         assert rank == layers[name][0] and scaling == pytest.approx(layers[name][1], rel=1e-12)
+
+
+def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(world / "model")
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    batches = make_batches(make_samples(12, vocab=47), 6)
+    lora_da_core.get_lora_da_model(base, lora, batches).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "model").symlink_to(world / "model")
+    talk = [("user", "w1 w2 w3"), ("assistant", "w4 w5 w6")]
+    row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
+    (tmp_path / "data.jsonl").write_text(f"{row}\n" * 24)
+    losses = answered(Path(WHEELS, "swift"), SWIFT, tmp_path)
+    start, kept, moved = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "adapter", *(tmp_path / rate / "checkpoint-3" for rate in ("0.0", "1e-2")))
+    )
+    # At a rate of zero what it saves is what it loaded.
+    assert start.keys() == kept.keys() == moved.keys() and len(start) == 14
+    assert all(torch.equal(kept[key], value) and not torch.equal(moved[key], value) for key, value in start.items())
+    still, falling = losses["0.0"], losses["1e-2"]
+    assert len(set(still)) == 1 and falling[0] == still[0] and falling[-1] < falling[0]  # type: ignore[arg-type, index]

@@ -139,6 +139,11 @@ def classes(count: int = 3) -> Tensor:
     return torch.arange(len(LENGTHS)) % count
 
 
+def generated(count: int) -> Tensor:
+    """Standard normal values, `count` per sample."""
+    return torch.randn(len(LENGTHS), count, generator=generator(), dtype=torch.float64)
+
+
 def tags(batch: dict[str, Tensor], count: int = 3) -> Tensor:
     """One class per token, masked on padding and on every third token."""
     shape = batch["input_ids"].shape
