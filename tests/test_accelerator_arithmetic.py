@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, rounds, solving, wide_products
+from lora_da_core import LoraDAConfig, inverses, rounds, solving, wide_products
 from lora_da_core.batches import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
@@ -21,7 +21,7 @@ from lora_da_core.operators import Dense, DenseMap, NegatedGram, Stacked
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer
 from lora_da_core.types import FisherStatistics, LayerSpec
 from lora_da_core.wide_products import full_float32
-from lora_da_estimators import _factors, _inverses
+from lora_da_estimators import _factors
 from lora_da_estimators.kfac import Kfac, KfacOptions
 from lora_da_objectives.causal_lm import CausalLM
 from lora_da_solvers import _subspace, lanczos
@@ -37,7 +37,7 @@ SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
     monkeypatch.setattr(_factors, "_narrows", lambda device: True)
-    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(inverses, "_by_products", lambda device: True)
     monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
     monkeypatch.setattr(solving, "forms_omega", lambda rows, columns, device: True)
     monkeypatch.setattr(wide_products, "_splits", _splits)
@@ -365,9 +365,9 @@ def test_an_inverse_by_large_products_is_the_inverse(size: int, monkeypatch: pyt
     tokens = torch.randn(2 * size, size, generator=generator(), dtype=torch.float64)
     matrix = tokens.mT @ (tokens * torch.logspace(0, -4, 2 * size, dtype=torch.float64).unsqueeze(1))
     expected = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
-    monkeypatch.setattr(_inverses, "_LEAF", 64)
-    found = _inverses.inverse_from_cholesky(torch.linalg.cholesky(matrix))
+    monkeypatch.setattr(inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(inverses, "_LEAF", 64)
+    found = inverses.inverse_from_cholesky(torch.linalg.cholesky(matrix))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
