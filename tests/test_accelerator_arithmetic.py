@@ -83,6 +83,27 @@ def test_cholesky_qr_refuses_a_batch_with_a_deficient_block(spoil: str) -> None:
 
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("inside", [0.0, 1e2, 1e4, 1e12], ids=lambda size: f"inside{size:.0e}")
+def test_a_block_is_made_orthonormal_to_the_basis_to_rounding_however_little_it_adds(
+    inside: float, dtype: torch.dtype
+) -> None:
+    """Two rounds where they suffice, the longer way where most of the block lies in the basis already."""
+    space = _subspace.Subspace(Dense(torch.eye(400, dtype=dtype).expand(2, 400, 400)), 60, generator())
+    for _ in range(6):
+        space.append(space.orthonormalise(space.random_block(8)))
+    new = space.random_block(8)
+    block = new + inside * (space.vectors @ torch.randn(2, 48, 8, dtype=dtype, generator=generator(1)))
+    found = space.orthonormalise(block)
+    space.append(found)
+    gram = space.vectors.mT.double() @ space.vectors.double()
+    assert float((gram - torch.eye(56, dtype=torch.float64)).abs().max()) < 40 * torch.finfo(dtype).eps
+    if inside <= 1e2:
+        for ours, added in zip(space.vectors, new, strict=True):
+            assert sine(torch.linalg.qr(added.double()).Q, torch.linalg.qr(ours.double()).Q) < 1e-3
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "spectrum",
     ["power_law", "clustered", "rank_deficient", "batch_of_scales", "zero", "multiple", "hidden_copies", "no_gap"],
