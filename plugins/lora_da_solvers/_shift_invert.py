@@ -48,7 +48,11 @@ def inverted(
     """
     missed = ~found.converged.cpu()
     rank, order = found.values.shape[-1], operator.size
-    matrices, norms = operator.matrix[missed.to(operator.device)], norm[missed]
+    # Not copied where none converged.
+    matrices = (
+        operator.matrix.reshape(-1, order, order) if missed.all() else operator.matrix[missed.to(operator.device)]
+    )
+    norms = norm[missed]
     values = found.values.cpu().double()[missed]
     part, width = Dense(matrices), max(8, rank)
     inverse = Dense(_inverses(matrices, values, norms))
