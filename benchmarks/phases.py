@@ -12,7 +12,7 @@ import torch
 from lora_da_core import rounds, solving
 from lora_da_core.operators import Dense, Stacked
 from lora_da_estimators import _factors, kfac
-from lora_da_solvers import _subspace
+from lora_da_solvers import _subspace, lanczos
 
 SOLVE: Mapping[str, tuple[Any, str]] = {
     "prepare": (solving.LayerSolver, "prepare"),
@@ -23,6 +23,7 @@ SOLVE: Mapping[str, tuple[Any, str]] = {
     "solve: form Ω": (solving, "stored"),
     "solve: Ω, and σ where Ω does not tell it": (solving.LayerSolver, "_smallest"),
     "solve: σ": (solving.LayerSolver, "_norms"),
+    "solve: of that, matrices that are inverted": (lanczos, "inverted"),
     "solve: products of stored matrices": (Dense, "matmat"),
     "solve: products of batches": (Stacked, "matmat"),
     "solve: orthonormalise": (_subspace.Subspace, "orthonormalise"),

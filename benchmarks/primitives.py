@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import wait
+from lora_da_core.inverses import inverse_from_cholesky
 from lora_da_core.wide_products import gram, product
-from lora_da_estimators._inverses import inverse_from_cholesky
 from lora_da_solvers._subspace import cholesky_qr
 
 _LARGEST_STACKED = 4096

@@ -57,23 +57,26 @@ def shortage_named(during: str, cure: str) -> Iterator[None]:
         raise LoraDAError(f"memory ran out while {during}. {cure} {reason_of(error)}") from error
 
 
-@contextlib.contextmanager
-def blamed(component: str, place: str = "") -> Iterator[None]:
+class blamed(contextlib.AbstractContextManager[None]):
     """Raises a `PluginError` in the place of whatever the block raises; our own errors and out-of-memory pass.
 
-    Args:
-        component: Kind, name and distribution.
-        place: Where it happened, e.g. ` on layer x`.
-
-    Raises:
-        PluginError: The block raised something else.
+    A class, as it is entered several times for each layer and batch, where a generator takes three times as long.
     """
-    try:
-        yield
-    except LoraDAError:
-        raise
-    except Exception as error:
+
+    def __init__(self, component: str, place: str = "") -> None:
+        """Name who is to be blamed.
+
+        Args:
+            component: Kind, name and distribution.
+            place: Where it happened, e.g. ` on layer x`.
+        """
+        self._component = component
+        self._place = place
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, LoraDAError) or not isinstance(error, Exception):
+            return
         if is_out_of_memory(error):
-            error.add_note(f"{component} raised{place}")
-            raise
-        raise PluginError(f"{component} raised{place}: {type(error).__name__}: {error}") from error
+            error.add_note(f"{self._component} raised{self._place}")
+            return
+        raise PluginError(f"{self._component} raised{self._place}: {type(error).__name__}: {error}") from error

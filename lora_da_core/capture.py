@@ -26,7 +26,13 @@ from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.merging import Merger
 from lora_da_core.modes import first_non_finite_module, prepared, recomputing
 from lora_da_core.operators import LinearMap, accumulation_dtype
-from lora_da_core.placement import execution_device, has_sharded_parts, model_device, offloaded_weights_reloaded
+from lora_da_core.placement import (
+    execution_device,
+    has_sharded_parts,
+    model_device,
+    offload_hook,
+    offloaded_weights_reloaded,
+)
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.shares import Share, even_share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
@@ -159,6 +165,8 @@ class _Run:
         self.statistics = Statistics({spec.name: self._layer(spec) for spec in task.specs})
         self.merged = self.statistics
         self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
+        self._device = task.device
+        self._offloads = any(offload_hook(module) is not None for module in task.model.modules())
         self._pass = 0
         self._batch: TokenLedger | None = None
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False
@@ -175,8 +183,8 @@ class _Run:
         batch's end; those of a layer that is used once need not.
         """
         part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
-        sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), self.task.device)
-        self._batch, self._counting = TokenLedger(1, self._mask_of(sample), self.task.device), True
+        sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), self._device)
+        self._batch, self._counting = TokenLedger(1, self._mask_of(sample), self._device), True
         try:
             with torch.no_grad(), self._blamed("objective"):
                 self.task.objective.losses(self.task.model, sample)
@@ -187,18 +195,18 @@ class _Run:
     def find_scale(self, batches: Sequence[Batch]) -> None:
         """Chooses what losses are multiplied by, from the first batch: float16 would lose small gradients."""
         part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
-        on_device, samples = to_device(part, self.task.device), len(part["labels"])
+        on_device, samples = to_device(part, self._device), len(part["labels"])
 
         def largest_gradient(scale: float) -> float:
-            self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self.task.device), []
+            self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self._device), []
             try:
-                with torch.enable_grad(), offloaded_weights_reloaded(self.task.model):
+                with torch.enable_grad(), self._weights_reloaded():
                     with self._blamed("objective"):
                         losses = self.task.objective.losses(self.task.model, on_device)
                     if not losses.requires_grad:
                         return 0.0  # the first batch will tell why
                     (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
-                found = torch.stack([each.to(self.task.device) for each in self._largest] or [losses.new_zeros(())])
+                found = torch.stack([each.to(self._device) for each in self._largest] or [losses.new_zeros(())])
                 return float(found.max())
             finally:
                 self._batch, self._largest = None, None
@@ -261,7 +269,7 @@ class _Run:
         if first and not self._idle:
             self.statistics.samples += samples
             self.statistics.label_tokens += int(task.objective.label_counts(part).sum())
-        on_device = to_device(part, task.device)
+        on_device = to_device(part, self._device)
         self._takes_gradient = first and not task.gradient.forward_only
         self._takes_inputs, self._takes_fisher = True, not drawn
         losses = self._differentiate(lambda: task.objective.losses(task.model, on_device), samples, mask_of)
@@ -277,25 +285,25 @@ class _Run:
                 self._differentiate(draw, samples, mask_of)
 
     def _mask_of(self, part: Batch) -> Callable[[str, int], Tensor]:
-        """The token masks of a batch, by layer and tokens per sample; the objective is asked once for each."""
+        """The token masks of a batch; the objective is asked once for each number of tokens, or for each layer."""
         known: dict[tuple[str, int], Tensor] = {}
+        objective = self.task.objective
 
         def mask_of(name: str, tokens: int) -> Tensor:
-            if (name, tokens) not in known:
+            key = (name if objective.masks_by_layer else "", tokens)
+            if key not in known:
                 with self._blamed("objective", name):
-                    known[name, tokens] = self.task.objective.token_mask(
-                        part, self.specs[name], self.task.token_mask, tokens
-                    )
-            return known[name, tokens]
+                    known[key] = objective.token_mask(part, self.specs[name], self.task.token_mask, tokens)
+            return known[key]
 
         return mask_of
 
     def _differentiate(
         self, losses_of: Callable[[], Tensor], samples: int, mask_of: Callable[[str, int], Tensor]
     ) -> Tensor:
-        self._batch = TokenLedger(samples, mask_of, self.task.device)
+        self._batch = TokenLedger(samples, mask_of, self._device)
         try:
-            with torch.set_grad_enabled(self.task.needs_backward), offloaded_weights_reloaded(self.task.model):
+            with torch.set_grad_enabled(self.task.needs_backward), self._weights_reloaded():
                 with self._blamed("objective"):
                     losses = losses_of()
                 if not isinstance(losses, Tensor) or losses.shape != (samples,):
@@ -314,6 +322,9 @@ class _Run:
             return losses
         finally:
             self._batch = None
+
+    def _weights_reloaded(self) -> AbstractContextManager[None]:
+        return offloaded_weights_reloaded(self.task.model) if self._offloads else contextlib.nullcontext()
 
     def _has_graph(self, losses: Tensor) -> bool:
         assert self._batch is not None
@@ -347,7 +358,7 @@ class _Run:
             return
         names = list(self._batch.finite)
         # One synchronisation per batch, whatever the number of layers.
-        flags = torch.stack([flag.to(self.task.device) for flag in self._batch.finite.values()])
+        flags = torch.stack([flag.to(self._device) for flag in self._batch.finite.values()])
         if not bool(flags.isfinite().all()):
             first = names[int((~flags.isfinite()).int().argmax())]
             raise ModelError(
@@ -402,7 +413,7 @@ class _Run:
                 self._take(layer.gradient, inputs, output_grads, example)
         if places.counted is not None:
             counted = places.counted.to(inputs.device)
-            inputs, example = inputs[counted], example[counted]
+            inputs, example = ledger.selected(records, counted, inputs, example)
             output_grads = None if output_grads is None else output_grads[counted]
         if self._takes_inputs:
             layer.tokens += len(inputs) if self._pass == 0 and not self._idle else 0

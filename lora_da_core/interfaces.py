@@ -258,6 +258,9 @@ class Solver(Component[OptionsT]):
 class Objective(Component[OptionsT]):
     """The loss that is differentiated, sample by sample."""
 
+    masks_by_layer: ClassVar[bool] = True
+    """Whether `token_mask` may differ between layers that see equally many tokens; if not, it is asked once for all."""
+
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Per-sample losses (samples,), each the mean over that sample's own label tokens."""

@@ -98,6 +98,7 @@ class TokenLedger:
         self._read: dict[str, list[InputRecord]] = {}
         self._inputs: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], InputRecord]] = {}
         self._masks: list[_Mask] = []
+        self._selected: tuple[list[InputRecord], Tensor, Tensor, Tensor] | None = None
 
     def input_of(self, inputs: Tensor, layer: str, reading: Hashable = ()) -> InputRecord:
         """The record of this tensor; layers given the very same one, which they read alike, get the same record."""
@@ -162,6 +163,26 @@ class TokenLedger:
             start += count
         example = torch.cat([part.example for part in parts])
         return Places(example, None if all(part.counted is None for part in parts) else torch.cat(counted))
+
+    def selected(
+        self, records: list[InputRecord], counted: Tensor, inputs: Tensor, example: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`inputs[counted]` and `example[counted]`, made once for layers of one input that follow each other.
+
+        Args:
+            records: What the rows of `inputs` were read from.
+            counted: (k,), int64, on their device.
+            inputs: x (rows, in), or the places of one-hot rows, (rows,).
+            example: (rows,), int64.
+
+        Returns:
+            (k, in) or (k,), and (k,).
+        """
+        last = self._selected
+        # Records compare by identity; the same ones in the same order are the same rows.
+        if last is None or last[0] != records or last[1] is not counted:
+            last = self._selected = (records, counted, inputs[counted], example[counted])
+        return last[2], last[3]
 
     def _mask(self, layer: str, total: int) -> _Mask:
         given = self.mask_of(layer, total // self.samples)

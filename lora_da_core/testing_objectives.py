@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,6 +116,9 @@ def tokens_are_masked_sample_by_sample(subject: ObjectiveSubject) -> None:
         require(bool(mask.any(1).all()), f"the {kind} mask leaves a sample without a token")
         alone = made.token_mask(_rows(subject.batch, [0]), subject.spec, kind, subject.tokens)
         require(bool((alone[0] == mask[0]).all()), f"the {kind} mask of a sample depends on the others")
+        if not made.masks_by_layer:
+            other = made.token_mask(subject.batch, replace(subject.spec, name="decoder.other"), kind, subject.tokens)
+            require(bool((other == mask).all()), f"the {kind} mask depends on the layer, yet masks_by_layer is False")
 
 
 def what_is_added_has_one_row_per_sample(subject: ObjectiveSubject) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, rounds, solving, wide_products
+from lora_da_core import LoraDAConfig, inverses, rounds, solving, wide_products
 from lora_da_core.batches import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
@@ -21,7 +21,7 @@ from lora_da_core.operators import Dense, DenseMap, NegatedGram, Stacked
 from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer
 from lora_da_core.types import FisherStatistics, LayerSpec
 from lora_da_core.wide_products import full_float32
-from lora_da_estimators import _factors, _inverses
+from lora_da_estimators import _factors
 from lora_da_estimators.kfac import Kfac, KfacOptions
 from lora_da_objectives.causal_lm import CausalLM
 from lora_da_solvers import _subspace, lanczos
@@ -37,7 +37,7 @@ SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
     monkeypatch.setattr(_factors, "_narrows", lambda device: True)
-    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(inverses, "_by_products", lambda device: True)
     monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
     monkeypatch.setattr(solving, "forms_omega", lambda rows, columns, device: True)
     monkeypatch.setattr(wide_products, "_splits", _splits)
@@ -79,6 +79,27 @@ def test_cholesky_qr_refuses_a_batch_with_a_deficient_block(spoil: str) -> None:
     block = torch.randn(2, 30, 4, generator=generator(), dtype=torch.float64)
     block[1, :, 2] = {"repeated": block[1, :, 0] * (1 + 1e-9), "zero": 0.0, "nan": torch.nan}[spoil]
     assert _subspace.cholesky_qr(block) is None
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("inside", [0.0, 1e2, 1e4, 1e12], ids=lambda size: f"inside{size:.0e}")
+def test_a_block_is_made_orthonormal_to_the_basis_to_rounding_however_little_it_adds(
+    inside: float, dtype: torch.dtype
+) -> None:
+    """Two rounds where they suffice, the longer way where most of the block lies in the basis already."""
+    space = _subspace.Subspace(Dense(torch.eye(400, dtype=dtype).expand(2, 400, 400)), 60, generator())
+    for _ in range(6):
+        space.append(space.orthonormalise(space.random_block(8)))
+    new = space.random_block(8)
+    block = new + inside * (space.vectors @ torch.randn(2, 48, 8, dtype=dtype, generator=generator(1)))
+    found = space.orthonormalise(block)
+    space.append(found)
+    gram = space.vectors.mT.double() @ space.vectors.double()
+    assert float((gram - torch.eye(56, dtype=torch.float64)).abs().max()) < 40 * torch.finfo(dtype).eps
+    if inside <= 1e2:
+        for ours, added in zip(space.vectors, new, strict=True):
+            assert sine(torch.linalg.qr(added.double()).Q, torch.linalg.qr(ours.double()).Q) < 1e-3
 
 
 @pytest.mark.usefixtures("accelerator")
@@ -365,9 +386,9 @@ def test_an_inverse_by_large_products_is_the_inverse(size: int, monkeypatch: pyt
     tokens = torch.randn(2 * size, size, generator=generator(), dtype=torch.float64)
     matrix = tokens.mT @ (tokens * torch.logspace(0, -4, 2 * size, dtype=torch.float64).unsqueeze(1))
     expected = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    monkeypatch.setattr(_inverses, "_by_products", lambda device: True)
-    monkeypatch.setattr(_inverses, "_LEAF", 64)
-    found = _inverses.inverse_from_cholesky(torch.linalg.cholesky(matrix))
+    monkeypatch.setattr(inverses, "_by_products", lambda device: True)
+    monkeypatch.setattr(inverses, "_LEAF", 64)
+    found = inverses.inverse_from_cholesky(torch.linalg.cholesky(matrix))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 

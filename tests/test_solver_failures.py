@@ -154,6 +154,54 @@ def test_3_the_preconditioner_is_what_davidson_converges_by() -> None:
     assert not bool(solve("davidson", Dense(_top_heavy().matrix), 8, max_applies=50).converged)
 
 
+@pytest.mark.parametrize(("dtype", "heaviness"), [(torch.float32, 1e2), (torch.float64, 1e5)], ids=str)
+def test_3_stored_matrices_with_heavy_tops_are_inverted_below_their_spectrum(
+    dtype: torch.dtype, heaviness: float
+) -> None:
+    """Next to one that a Krylov space solves; the wanted values are the end of a dense spectrum, as those of cV are."""
+    draws = torch.Generator().manual_seed(3)
+    inputs = torch.randn(2, 1600, 800, dtype=torch.float64, generator=draws)
+    variance = torch.linalg.inv(inputs.mT @ inputs / 1600)
+    bias = torch.randn(2, 800, 500, dtype=torch.float64, generator=draws)
+    bias = bias @ bias.mT
+    norm = torch.linalg.matrix_norm
+    heavy = heaviness * variance / norm(variance, 2)[:, None, None] - bias / norm(bias, 2)[:, None, None]
+    easy = symmetric_matrix(torch.cat([-torch.arange(8.0, 0, -1), torch.linspace(0, 1, 792)]).double())
+    operator = Dense(torch.stack([heavy[0], easy, heavy[1]]).to(dtype))
+    plain = solve("lanczos", operator, 8, shift_invert=False)
+    result = solve("lanczos", operator, 8, shift_invert=True)
+    assert result.converged.tolist() == [True, True, True]
+    assert not bool(plain.converged.all()) or result.applies < 0.6 * plain.applies
+    exact = torch.linalg.eigvalsh(operator.matrix.double())
+    scale = exact.abs().amax(-1, keepdim=True)
+    rounding = 1e-5 if dtype == torch.float32 else 1e-8
+    vectors = result.vectors.double()
+    residuals = operator.matrix.double() @ vectors - vectors * result.values.double().unsqueeze(-2)
+    assert bool((residuals.norm(dim=-2) <= rounding * scale).all())
+    assert bool(((result.values.double() - exact[:, :8]).abs() <= rounding * scale).all())
+
+
+def test_3_an_inverse_misses_no_copy_of_an_eigenvalue() -> None:
+    """Twelve copies of the lowest, more than a block of 8 holds, under a dense spectrum that reaches far up."""
+    values = torch.cat([torch.zeros(12), torch.linspace(1e-3, 1e-2, 200), torch.linspace(1e-2, 1, 288)]).double()
+    operator = Dense(symmetric_matrix(values))
+    for seed in range(5):
+        result = solve("lanczos", operator, 10, seed=seed, block_size=8, shift_invert=True)
+        assert bool(result.converged)
+        torch.testing.assert_close(result.values, values[:10], rtol=0, atol=1e-8)
+
+
+def test_3_no_inverse_is_made_on_a_cpu_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> EigenResult:
+        raise AssertionError("made one")
+
+    monkeypatch.setattr(lanczos, "inverted", refuse)
+    heavy = Dense(_top_heavy().to_dense())
+    assert not bool(solve("lanczos", heavy, 8).converged)
+    with pytest.raises(AssertionError, match="made one"):
+        solve("lanczos", heavy, 8, shift_invert=True)
+
+
 def _top_heavy() -> TopHeavy:
     operator = SPECTRA["top_heavy"].build(torch.float64)
     assert isinstance(operator, TopHeavy)

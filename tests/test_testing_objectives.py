@@ -80,6 +80,14 @@ class Wide(CAUSAL):  # type: ignore[misc]
         return torch.nn.functional.pad(super().token_mask(*arguments), (0, 1))
 
 
+class Sided(CAUSAL):  # type: ignore[misc]
+    """A mask that differs between layers, which it does not say."""
+
+    def token_mask(self, batch: Batch, spec: LayerSpec, *arguments: Any) -> Tensor:
+        found: Tensor = super().token_mask(batch, spec, *arguments)
+        return torch.ones_like(found) if spec.name.startswith("decoder") else found
+
+
 class Adding(CAUSAL):  # type: ignore[misc]
     """What is missing, as one number for the batch."""
 
@@ -110,6 +118,7 @@ class Unseeded(CAUSAL):  # type: ignore[misc]
         (Cut, "losses_can_be_differentiated"),
         (Total, "labels_are_counted"),
         (Wide, "tokens_are_masked_sample_by_sample"),
+        (Sided, "tokens_are_masked_sample_by_sample"),
         (Adding, "what_is_added_has_one_row_per_sample"),
         (Training, "nothing_else_is_touched"),
         (Unseeded, "drawn_labels_follow_the_generator"),

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lora_da_core.errors import DataError, ModelError
 from lora_da_core.factorisations import eigh
+from lora_da_core.inverses import inverse_from_cholesky
 from lora_da_core.operators import Dense, Diagonal, SymmetricOperator, row_major
 from lora_da_core.types import DampingKind, FisherStatistics
-from lora_da_estimators._inverses import inverse_from_cholesky
 
 _RESOLUTION = 1e3
 """Machine epsilons, times the mean diagonal, below which eigenvalues of a sum are taken for rounding noise.

@@ -28,6 +28,7 @@ class CausalLM(Objective[NoOptions]):
 
     name = "causal_lm"
     api_version = 1
+    masks_by_layer = False
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return _likelihood(model, batch).losses()

@@ -43,6 +43,7 @@ class DPO(Objective[DPOOptions]):
 
     name = "dpo"
     api_version = 1
+    masks_by_layer = False
     Options = DPOOptions
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -21,6 +21,7 @@ class ImageClassification(Classification):
 
     name = "image_classification"
     api_version = 1
+    masks_by_layer = False
 
     def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask, tokens: int) -> Tensor:
         return torch.ones(len(batch["labels"]), tokens, dtype=torch.bool)

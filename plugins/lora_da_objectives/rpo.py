@@ -48,6 +48,7 @@ class RPO(Objective[RPOOptions]):
 
     name = "rpo"
     api_version = 1
+    masks_by_layer = False
     Options = RPOOptions
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:

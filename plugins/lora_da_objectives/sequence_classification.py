@@ -21,6 +21,7 @@ class SequenceClassification(Classification):
 
     name = "sequence_classification"
     api_version = 1
+    masks_by_layer = False
 
     def token_mask(self, batch: Batch, spec: LayerSpec, kind: TokenMask, tokens: int) -> Tensor:
         return attended(batch, tokens)

@@ -24,6 +24,7 @@ class TokenClassification(Objective[NoOptions]):
 
     name = "token_classification"
     api_version = 1
+    masks_by_layer = False
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return _likelihood(model, batch).losses()

@@ -67,17 +67,25 @@ def cholesky_qr(block: Tensor) -> tuple[Tensor, Tensor] | None:
     Returns:
         Q (…, size, k) and the diagonal of R (…, k); None where some matrix of the batch is too near to rank-deficient.
     """
+    basis, pivots, norms = _by_gram_matrix(block)
+    if not bool((pivots.amin(-1) >= _LEAST_PIVOT[block.dtype]).all()):
+        return None
+    return basis, pivots * norms
+
+
+def _by_gram_matrix(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q (…, size, k), the diagonal of R for unit columns (…, k), and the columns' norms (…, k), without a check.
+
+    A pivot of a block that has no factor, or is not finite, is below 0.
+    """
     norms = torch.linalg.vector_norm(block, dim=-2).clamp_min(torch.finfo(block.dtype).tiny)
     scaled = block / norms.unsqueeze(-2)
     wide = scaled.double()
     root, info = torch.linalg.cholesky_ex(wide.mT @ wide)
-    pivots = root.diagonal(dim1=-2, dim2=-1)
-    # A comparison with NaN is false, so a block that is not finite is refused too.
-    if not bool(((info == 0) & (pivots.amin(-1) >= _LEAST_PIVOT[block.dtype])).all()):
-        return None
     eye = torch.eye(block.shape[-1], dtype=root.dtype, device=root.device)
     inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
-    return scaled @ inverse.mT.to(block.dtype), pivots.to(block.dtype) * norms
+    pivots = root.diagonal(dim1=-2, dim2=-1).masked_fill((info != 0).unsqueeze(-1), -1.0)
+    return scaled @ inverse.mT.to(block.dtype), pivots.nan_to_num(-1.0).to(block.dtype), norms
 
 
 class Subspace:
@@ -124,6 +132,9 @@ class Subspace:
         replaced by a random one, so the result always has k columns; this also is how an exhausted Krylov space
         goes on. Needs filled + k ≤ size.
         """
+        found = self._quickly(block) if _by_cholesky(block.device) else None
+        if found is not None:
+            return found
         tiny = torch.finfo(block.dtype).tiny
         block = self._project_out(self._project_out(block / block.norm(dim=-2, keepdim=True).clamp_min(tiny)))
         basis, pivots = _factorised(block)
@@ -132,6 +143,25 @@ class Subspace:
         # Remainders are kept down to rounding itself: in float32 they are all that is left to go on, long before
         # convergence. They are orthogonal to Q only up to rounding over their size, hence the second round.
         return orthonormal(self._project_out(basis))
+
+    def _quickly(self, block: Tensor) -> Tensor | None:
+        """The same in two rounds of projection and Cholesky QR with one wait for the device, for blocks that bear it.
+
+        None where a block adds too little to Q, or its columns to each other: the first round then leaves more than
+        the second can mend.
+        """
+        first, sound = self._round(block)
+        second, still_sound = self._round(first)
+        return second if bool((sound & still_sound).all()) else None
+
+    def _round(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """One projection and Cholesky QR, (…, size, k), and which matrices' blocks it can be trusted with, (…)."""
+        before = torch.linalg.vector_norm(block, dim=-2)
+        block = self._project_out(block)
+        basis, pivots, norms = _by_gram_matrix(block)
+        kept = norms / before.clamp_min(torch.finfo(block.dtype).tiny)
+        sound = (pivots.amin(-1) >= _LEAST_PIVOT[block.dtype]) & (kept.amin(-1) >= torch.finfo(block.dtype).eps ** 0.5)
+        return basis, sound
 
     def _project_out(self, block: Tensor) -> Tensor:
         return block - self.vectors @ (self.vectors.mT @ block) if self.filled else block

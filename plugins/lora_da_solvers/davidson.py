@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_da_core import hookimpl
 from lora_da_core.interfaces import Solver
 from lora_da_core.operators import SymmetricOperator
 from lora_da_core.types import EigenResult
-from lora_da_solvers._ritz import check_request, dense_smallest, each_of_batch, finish, relative_tolerance
-from lora_da_solvers._subspace import Subspace, orthonormal
+from lora_da_solvers._expansion import BASIS_BLOCKS, Expansion, Inverse
+from lora_da_solvers._ritz import check_request, dense_smallest, each_of_batch, relative_tolerance
+from lora_da_solvers._subspace import Subspace
 
-_BASIS_BLOCKS = 10
-"""Blocks that the basis holds before it is restarted."""
-_KEPT_BLOCKS = 3
-"""Blocks of Ritz vectors that a restart keeps."""
-_VERIFICATION_STEPS = 3
-"""Products after a random block was injected, before convergence is believed."""
 _SHIFT_DRIFT = 0.1
 """Relative change of the lowest Ritz value that is worth a new factorisation of the preconditioner."""
 _LEAST_SHIFT = 1e-6
@@ -69,102 +62,38 @@ class Davidson(Solver[DavidsonOptions]):
         check_request(operator, rank)
         if operator.size < 5 * max(8, rank):
             return dense_smallest(operator, rank)
-        return each_of_batch(operator, lambda single: _Run(single, rank, self.options, generator).result())
+        return each_of_batch(operator, lambda single: self._solve(single, rank, generator))
 
-
-class _Run:
-    """One matrix."""
-
-    def __init__(
-        self, operator: SymmetricOperator, rank: int, options: DavidsonOptions, generator: torch.Generator
-    ) -> None:
-        self.operator = operator
-        self.rank = rank
-        self.width = max(8, rank)
-        self.tolerance = relative_tolerance(options.tolerance, operator.dtype)
-        self.budget = options.max_applies
-        self.space = Subspace(operator, min(_BASIS_BLOCKS * self.width, operator.size - self.width), generator)
-        self._shift = 0.0
-        self._inverse: Callable[[Tensor], Tensor] | None = None
-        self._verified_sum = torch.inf
-        """Sum of the wanted Ritz values that the last verification left standing; infinite where there was none."""
-
-    def result(self) -> EigenResult:
-        """Iterate to a verified result, or to the end of the budget."""
-        space = self.space
-        space.append(space.orthonormalise(space.random_block(self.width)))
-        verified = False
-        while not verified and space.applies < self.budget - 1:  # the last product is for the final residuals
-            if self._worst_residual() > 0.8:
-                self._expand(self._residuals(0))
-            elif space.applies + _VERIFICATION_STEPS < self.budget:
-                self._verify()
-            else:
-                break
-            verified = self._stands() and self._worst_residual() <= 1.0
-        pairs = space.ritz()
-        found = finish(
-            self.operator,
-            pairs.values[: self.rank],
-            orthonormal(space.ritz_vectors(self.rank)[0]),
-            norm=space.norm,
-            tolerance=self.tolerance,
-            applies=space.applies,
-            next_value=pairs.values[self.rank] if space.filled > self.rank else pairs.values.new_tensor(torch.nan),
+    def _solve(self, operator: SymmetricOperator, rank: int, generator: torch.Generator) -> EigenResult:
+        width = max(8, rank)
+        space = Subspace(operator, min(BASIS_BLOCKS * width, operator.size - width), generator)
+        space.append(space.orthonormalise(space.random_block(width)))
+        expansion = Expansion(
+            space,
+            rank,
+            width,
+            tolerance=relative_tolerance(self.options.tolerance, operator.dtype),
+            budget=self.options.max_applies,
+            inverse=_Preconditioner(operator),
         )
-        return found if verified else replace(found, converged=torch.zeros_like(found.converged))
+        return expansion.result()
 
-    def _worst_residual(self) -> float:
-        """The largest residual of the wanted pairs in units of the tolerance."""
-        residual = self.space.residual_norms(self.rank).max()
-        return float(residual / (self.tolerance * self.space.norm).clamp_min(torch.finfo(torch.float64).tiny))
 
-    def _residuals(self, first: int) -> Tensor:
-        """Residuals of a block's width of Ritz pairs, from pair `first` on."""
-        last = min(first + self.width, self.space.filled)
-        vectors, products = self.space.ritz_vectors(last)
-        return (products - vectors * self.space.ritz().values[:last].to(vectors))[:, first:]
+class _Preconditioner:
+    """The operator's approximate (Ω + shift·I)⁻¹ for a shift near −θ_1, made anew where θ_1 has moved."""
 
-    def _expand(self, residuals: Tensor) -> None:
-        """Take preconditioned directions into the basis; restarts it where it is full."""
-        space = self.space
-        inverse = self._preconditioner()
-        # Restarting first is safe: unlike a Lanczos block, residuals do not rest on what a restart discards.
-        if space.filled + residuals.shape[-1] > space.capacity:
-            space.restart(min(_KEPT_BLOCKS * self.width, space.capacity - self.width))
-        space.append(space.orthonormalise(residuals if inverse is None else inverse(residuals)))
+    def __init__(self, operator: SymmetricOperator) -> None:
+        self._operator = operator
+        self._shift = 0.0
+        self._inverse: Inverse | None = None
 
-    def _preconditioner(self) -> Callable[[Tensor], Tensor] | None:
-        """The operator's approximate (Ω + shift·I)⁻¹ for a shift near −θ_1, made anew where θ_1 has moved."""
-        lowest = float(self.space.ritz().values[0])
-        shift = max(-lowest, _LEAST_SHIFT * float(self.space.norm))
+    def __call__(self, space: Subspace) -> Inverse | None:
+        lowest = float(space.ritz().values[0])
+        shift = max(-lowest, _LEAST_SHIFT * float(space.norm))
         if shift > 0 and abs(shift - self._shift) > _SHIFT_DRIFT * self._shift:
             self._shift = shift
-            self._inverse = self.operator.preconditioner(shift)
+            self._inverse = self._operator.preconditioner(shift)
         return self._inverse
-
-    def _sum(self) -> float:
-        return float(self.space.ritz().values[: self.rank].sum())
-
-    def _holds(self, before: float) -> bool:
-        """Whether the sum of the wanted Ritz values is what it was, to the tolerance."""
-        return before - self._sum() <= self.rank * self.tolerance * float(self.space.norm)
-
-    def _stands(self) -> bool:
-        """Whether the sum was verified and did not fall since.
-
-        Among close eigenvalues a random block mixes the Ritz vectors anew, so residuals may be above the tolerance
-        right after it; a second block would only do the same again.
-        """
-        return self._verified_sum < torch.inf and self._holds(self._verified_sum)
-
-    def _verify(self) -> None:
-        """Inject a random block, expand where the unwanted pairs are worst known, and see whether the sum stands."""
-        before = self._sum()
-        self._expand(self.space.random_block(self.width))
-        for _ in range(_VERIFICATION_STEPS - 1):
-            self._expand(self._residuals(self.rank))
-        self._verified_sum = self._sum() if self._holds(before) else torch.inf
 
 
 @hookimpl

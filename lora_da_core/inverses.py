@@ -1,4 +1,4 @@
-"""Inverses from Cholesky factors."""
+"""Inverses from Cholesky factors; public to plugins."""
 
 from __future__ import annotations
 
