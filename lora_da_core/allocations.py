@@ -61,7 +61,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes or key in self._outside:
+        if key in self._sizes or key in self._outside or tensor.device.type == "meta":
             return
         self._sizes[key] = size = storage.nbytes()
         self.live += size

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor, nn
 
 from lora_da_core.batches import cut
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Job
-from lora_da_core.memory import Plan, Workload, estimate_memory, size_text
+from lora_da_core.memory import Plan, estimate_memory
+from lora_da_core.memory_workload import Workload, size_text
 from lora_da_core.placement import largest_module_bytes, resident_bytes
-from lora_da_core.types import Batch
+from lora_da_core.sums_storage import storage_at
+from lora_da_core.types import Batch, StatisticsDevice
+from lora_da_core.world import World
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -51,25 +56,32 @@ def plan_within(
     pipeline: Pipeline,
     model: nn.Module,
     peft_config: LoraConfig | None,
-    batches: Sequence[Batch],
+    job: Job,
     max_memory: int | str,
 ) -> Plan:
-    """The plan with the fewest passes that keeps a run within a limit.
+    """The plan that keeps a run within a limit and takes least time.
 
     Args:
         pipeline: What will run.
         model: As `Pipeline.run` takes it.
         peft_config: As `Pipeline.run` takes it.
-        batches: Of one round.
+        job: What will run.
         max_memory: Bytes, or a size such as `24GiB`.
 
     Returns:
-        The plan.
+        The plan, the same on all processes.
 
     Raises:
         OptionError: Not even the layers of one input per pass keep within the limit; the message says what would do.
     """
-    plan = estimate_memory(model, peft_config, pipeline=pipeline, workload=workload_of(batches), max_memory=max_memory)
+    plan = estimate_memory(
+        model,
+        peft_config,
+        pipeline=pipeline,
+        workload=workload_of(job.batches),
+        max_memory=max_memory,
+        host_memory=None if job.task.device.type == "cpu" else host_memory(job.task.world),
+    )
     if not plan.fits:
         assert plan.max_memory is not None, "what has no limit fits"
         raise OptionError(
@@ -77,6 +89,29 @@ def plan_within(
             f"{plan.peak_bytes} bytes ({size_text(plan.peak_bytes)}), in {plan.passes} passes. {plan.notes[-1]}"
         )
     return plan
+
+
+def host_memory(world: World) -> int:
+    """Bytes that each process of a run may take of the host's memory, the same on all, who are taken to share it."""
+    return int(min(world.exchange("host memory", psutil.virtual_memory().available)) // world.size)
+
+
+def stored(job: Job, place: StatisticsDevice, directory: Path | None, expected: int = 0) -> Job:
+    """The job with its sums in a place.
+
+    Args:
+        job: What will run.
+        place: Where sums lie between updates.
+        directory: Where those on disk go.
+        expected: Their bytes by plan; 0 where nothing is planned.
+
+    Returns:
+        The job.
+
+    Raises:
+        StorageError: The directory cannot be written, or too little of it is free.
+    """
+    return replace(job, task=replace(job.task, storage=storage_at(place, directory, expected)))
 
 
 def resident_within(
@@ -123,8 +158,10 @@ def within(plan: Plan, job: Job) -> Job:
 
 def plan_note(plan: Plan) -> str:
     """One sentence for the report: what was planned for the limit."""
+    away = plan.offloaded_bytes
+    elsewhere = f", and {size_text(away)} of statistics on the {plan.statistics_device}" if away else ""
     return (
         f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
         f"layers and {plan.batch_tokens} tokens at a time, {plan.passes} passes over the data of a round, a peak of "
-        f"{size_text(plan.peak_bytes)}"
+        f"{size_text(plan.peak_bytes)}{elsewhere}"
     )

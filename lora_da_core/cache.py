@@ -23,7 +23,8 @@ from lora_da_core.cache_identity import MISSING, Identity, differing, digest_of
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import StorageError
 from lora_da_core.estimation import Estimates, check_tokens
-from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
+from lora_da_core.interfaces import Accumulator
+from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums, SumsByLayer
 from lora_da_core.types import Batch
 
 logger = logging.getLogger(__name__)
@@ -233,42 +234,45 @@ def _read_manifest(entry: Path) -> dict[str, Any]:
 
 def _loaded(
     entry: Path, manifest: Mapping[str, Any], task: CaptureTask
-) -> tuple[Statistics, dict[str, dict[str, Tensor]]]:
-    """The statistics and gradient sums of an entry, on the devices where they were.
+) -> tuple[Statistics, Mapping[str, Mapping[str, Tensor]]]:
+    """The statistics and gradient sums of an entry, on the devices where they were, or where the task keeps them.
 
     Raises:
         StorageError: The tensors are missing, or not those that were written.
     """
     path = entry / TENSORS_FILE
-    sums: dict[str, dict[str, dict[str, Tensor]]] = {"input": {}, "layer": {}, "gradient": {}}
+    sums: dict[str, dict[str, Accumulator]] = {"input": {}, "layer": {}, "gradient": {}}
     try:
         if storage.file_digest(path) != manifest["tensors_sha256"]:
             raise StorageError(f"{TENSORS_FILE} is not as it was written")
         with safe_open(path, framework="pt") as file:
-            for number, (role, layer, key, beside_weights) in enumerate(manifest["tensors"]):
-                device = task.device_of(layer) if beside_weights else torch.device("cpu")
-                # Copies in torch's own memory: products of numbers read in place may round differently.
-                value = file.get_tensor(str(number)).to(device, copy=True)
-                sums[role].setdefault(layer, {})[key] = value
+            numbered = enumerate(manifest["tensors"])
+            for (role, layer), entries in itertools.groupby(numbered, lambda entry: (entry[1][0], entry[1][1])):
+                values = {}
+                for number, (_, _, key, beside_weights) in entries:
+                    device = task.device_of(layer) if beside_weights else torch.device("cpu")
+                    # Copies in torch's own memory: products of numbers read in place may round differently.
+                    values[key] = file.get_tensor(str(number)).to(device, copy=True)
+                sums[role][layer] = task.kept(StoredSums(values))
         statistics = _assembled(task, sums, manifest["layers"], manifest["counts"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{TENSORS_FILE} cannot be read: {type(error).__name__}: {error}") from error
     # An estimator may keep nothing of a layer.
-    return statistics, {name: sums["gradient"].get(name, {}) for name in statistics.layers}
+    return statistics, SumsByLayer({name: sums["gradient"].get(name, StoredSums({})) for name in statistics.layers})
 
 
 def _assembled(
     task: CaptureTask,
-    sums: Mapping[str, Mapping[str, Mapping[str, Tensor]]],
+    sums: Mapping[str, Mapping[str, Accumulator]],
     described: Sequence[tuple[str, str, int]],
     counts: Mapping[str, Any],
 ) -> Statistics:
     """Statistics from sums by role and layer, and from each layer's name, first reader of its input, and tokens."""
     leaders = {leader for _, leader, _ in described}
-    groups = {leader: InputGroup(leader, StoredSums(sums["input"].get(leader, {}))) for leader in leaders}
+    groups = {leader: InputGroup(leader, sums["input"].get(leader, StoredSums({}))) for leader in leaders}
     specs = {spec.name: spec for spec in task.specs}
     layers = {
-        name: LayerStatistics(specs[name], StoredSums(sums["layer"].get(name, {})), None, groups[leader], tokens)
+        name: LayerStatistics(specs[name], sums["layer"].get(name, StoredSums({})), None, groups[leader], tokens)
         for name, leader, tokens in described
     }
     return Statistics(layers, **counts)
@@ -277,7 +281,7 @@ def _assembled(
 def _shared_out(found: Estimates | None, task: CaptureTask, batches: Sequence[Batch]) -> Estimates:
     """The estimates that rank 0 has read, sent to the other processes, which give None."""
     world, outline = task.world, None
-    own: dict[str, dict[str, Mapping[str, Tensor]]] = {"input": {}, "layer": {}, "gradient": {}}
+    own: dict[str, Mapping[str, Mapping[str, Tensor]]] = {"input": {}, "layer": {}, "gradient": {}}
     if found is not None:
         sums = found.statistics
         leaders = sums.leaders()
@@ -287,19 +291,19 @@ def _shared_out(found: Estimates | None, task: CaptureTask, batches: Sequence[Ba
             "notes": found.notes,
             "seconds": found.seconds,
         }
-        own["layer"] = {name: layer.fisher.statistics() for name, layer in sums.layers.items()}
-        own["gradient"] = dict(found.gradient_sums)
+        own["layer"] = SumsByLayer({name: layer.fisher for name, layer in sums.layers.items()})
+        own["gradient"] = found.gradient_sums
         groups = [layer.group for layer in sums.layers.values() if layer.group is not None]
-        own["input"] = {group.leader: group.accumulator.statistics() for group in groups}
+        own["input"] = SumsByLayer({group.leader: group.accumulator for group in groups})
     told = world.exchange("stored statistics", outline)[0]
     names = [name for name, _, _ in told["layers"]]
     wanted = {"input": sorted({leader for _, leader, _ in told["layers"]}), "layer": names, "gradient": names}
-    sent = {
-        role: {
-            name: world.broadcast(f"{role} sums of {name}", own[role].get(name, {}), 0, task.device_of(name))
-            for name in layers
-        }
-        for role, layers in wanted.items()
-    }
-    statistics = _assembled(task, sent, told["layers"], told["counts"])
-    return Estimates(task, batches, statistics, sent["gradient"], tuple(told["notes"]), told["seconds"])
+
+    def sent(role: str, name: str) -> Accumulator:
+        values = world.broadcast(f"{role} sums of {name}", own[role].get(name, {}), 0, task.device_of(name))
+        return task.kept(StoredSums(values))
+
+    taken = {role: {name: sent(role, name) for name in layers} for role, layers in wanted.items()}
+    statistics = _assembled(task, taken, told["layers"], told["counts"])
+    gradients = SumsByLayer(taken["gradient"])
+    return Estimates(task, batches, statistics, gradients, tuple(told["notes"]), told["seconds"])

@@ -35,6 +35,7 @@ from lora_da_core.placement import (
 )
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.shares import Share, even_share, share_of
+from lora_da_core.sums_storage import SumsStorage
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
 from lora_da_core.world import ALONE, World
@@ -67,6 +68,8 @@ class CaptureTask:
     """The processes that share the run; each reads its share of the batches."""
     custody: Custody | None = None
     """Which process keeps the sums of which layer; None where every one gets all of them."""
+    storage: SumsStorage | None = None
+    """Where sums lie between updates; None where they stay on their layers' devices."""
 
     @property
     def device(self) -> torch.device:
@@ -81,6 +84,10 @@ class CaptureTask:
         """The dtype of a layer's sums and factors: the larger of float32 and its weights'."""
         weight = getattr(self.modules[spec.name], spec.parameter, None)
         return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
+
+    def kept(self, sums: Accumulator) -> Accumulator:
+        """Sums where they lie between updates."""
+        return sums if self.storage is None else self.storage.keep(sums)
 
     def share(self, batches: Sequence[Batch]) -> Share:
         """This process's share of batches; processes that gather each other's weights run equally many."""
@@ -226,7 +233,9 @@ class _Run:
 
     def _kept(self, make: Callable[[], Accumulator], layer: str) -> Accumulator:
         task = self.task
-        return make() if task.custody is None else task.custody.kept(make, task.world, layer)
+        if task.custody is None:
+            return task.kept(make())
+        return task.custody.kept(make, task.kept, task.world, layer)
 
     def taps(self) -> AbstractContextManager[None]:
         """Taps on every layer, removed whatever happens."""
@@ -473,15 +482,20 @@ class _Run:
         if task.custody is None:
             adds = {"estimator": task.estimator.additive, "gradient": task.gradient.additive}
             last = index + 1 == task.estimator.passes
-            self.merged = Merger(task.world, adds=adds, last=last).merged(self.statistics)
+            self.merged = Merger(task.world, adds=adds, last=last, storage=task.storage).merged(self.statistics)
         else:
             self.merged = task.custody.counted(self.statistics, task.world)
+        readers: dict[int, list[str]] = {}
+        for name, layer in ran.items():
+            readers.setdefault(id(layer.group), []).append(name)
         for group in self.groups.values():
             with self._blamed("estimator", group.leader):
                 group.accumulator.end_pass(index, self.merged.of_layer(group.leader))
-        for name, layer in ran.items():
-            with self._blamed("estimator", name):
-                layer.fisher.end_pass(index, self.merged.of_layer(name))
+            for name in readers[id(group)]:
+                with self._blamed("estimator", name):
+                    self.statistics.layers[name].fisher.end_pass(index, self.merged.of_layer(name))
+            # It would lie on the device until the next pass ends.
+            self.merged.forget_shared(group.leader)
 
     def _meet(self) -> None:
         """Every process learns which layers ran elsewhere, and on which inputs."""

@@ -30,7 +30,7 @@ NARROWEST = 80
 MANY_LAYERS = 40
 """From here on `init` shows one line per kind of module instead of one per layer."""
 PICTURE_FILE = "spectra.png"
-_ELSEWHERE = frozenset({"cache-dir"})
+_ELSEWHERE = frozenset({"cache-dir", "offload-dir", "statistics-device"})
 """Recorded options that change nothing of what is computed."""
 
 
@@ -106,6 +106,7 @@ def _init_in(world: World, options: InitOptions) -> None:
                 on_progress=on_progress,
                 cache_dir=kept,
                 max_memory=options.max_memory,
+                offload_dir=options.offload_dir,
                 world=world,
             )
         if world.rank:
@@ -147,7 +148,7 @@ def requested(options: InitOptions) -> Request:
         OptionError: An option is wrong, or two do not go together.
     """
     from lora_da_core import adapter, data
-    from lora_da_core.memory import parse_size
+    from lora_da_core.memory_workload import parse_size
     from lora_da_core.pipeline import build_pipeline
     from lora_da_core.registry import Registry
     from lora_da_core.sizing import SEARCH_SAMPLES

@@ -20,6 +20,7 @@ from lora_da_core.types import (
     Pairing,
     Scale,
     Spectrum,
+    StatisticsDevice,
     TokenMask,
     Unsupported,
 )
@@ -276,8 +277,17 @@ class InitOptions:
         Path | None,
         _option(
             _RUN,
-            "Where offloaded weights go that cannot be read from the checkpoint's own files.",
+            "Where statistics on disk go, and offloaded weights that cannot be read from the checkpoint's own files.",
             show_default="the system's temporary directory",
+        ),
+    ] = None
+    statistics_device: Annotated[
+        str | None,
+        _preset(
+            _RUN,
+            "Where sums lie while no layer adds to them; auto: with their layers, or what --max-memory makes cheapest.",
+            "statistics_device",
+            StatisticsDevice,
         ),
     ] = None
     layers_per_pass: Annotated[

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_da_core.cli_options import DTYPES, component_choice, module_names
 from lora_da_core.errors import LoraDAError, OptionError
+from lora_da_core.types import StatisticsDevice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from lora_da_core.memory import Plan, Workload
+    from lora_da_core.memory import Plan
+    from lora_da_core.memory_workload import Workload
     from lora_da_core.models import ModelShapes
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
@@ -86,6 +88,12 @@ class PlanOptions:
             show_default="none",
         ),
     ] = None
+    statistics_device: Annotated[
+        StatisticsDevice,
+        _option(
+            "Where sums lie while no layer adds to them; auto: with their layers, or what --max-memory makes cheapest."
+        ),
+    ] = "auto"
     throughput: Annotated[
         float | None,
         _option("Tokens per second of a pass, as measured; gives the passes' time.", show_default="time unknown"),
@@ -97,7 +105,8 @@ class PlanOptions:
 def plan(options: PlanOptions) -> None:
     """Say what a run would take, from the model's configuration alone: memory, passes and what they are made of."""
     from lora_da_core import adapter, models
-    from lora_da_core.memory import estimate_memory, parse_size
+    from lora_da_core.memory import estimate_memory
+    from lora_da_core.memory_workload import parse_size
 
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     pipeline = _pipeline(options)
@@ -145,12 +154,16 @@ def forecast(
     Returns:
         The plan, or why there is none: a run does not need one.
     """
-    from lora_da_core.budget import workload_of
+    from lora_da_core.budget import host_memory, workload_of
     from lora_da_core.memory import estimate_memory
+    from lora_da_core.world import ALONE
 
     try:
         workload = workload_of(batches)
-        return estimate_memory(model, lora, pipeline=pipeline, workload=workload, max_memory=max_memory)
+        there = host_memory(ALONE)
+        return estimate_memory(
+            model, lora, pipeline=pipeline, workload=workload, max_memory=max_memory, host_memory=there
+        )
     except LoraDAError as error:
         return str(error)
 
@@ -167,7 +180,7 @@ def outcome(planned: Plan | str, grown: int, report: RunReport, *, cached: bool)
     Returns:
         Sentences.
     """
-    from lora_da_core.memory import size_text
+    from lora_da_core.memory_workload import size_text
 
     if isinstance(planned, str):
         return [f"memory: {size_text(grown)} beyond the weights; there is no plan to compare: {planned}"]
@@ -177,6 +190,8 @@ def outcome(planned: Plan | str, grown: int, report: RunReport, *, cached: bool)
         f"memory beyond the weights ({size_text(planned.weights)}): planned {size_text(expected)}, measured "
         f"{size_text(grown)} ({grown / expected - 1:+.0%})"
     ]
+    if planned.offloaded_bytes:
+        lines.append(f"{size_text(planned.offloaded_bytes)} of statistics lay on the {planned.statistics_device}")
     if passes > 0 and not cached:
         throughput = planned.tokens * planned.relative_time / passes
         lines.append(
@@ -191,7 +206,9 @@ def _pipeline(options: PlanOptions) -> Pipeline:
     from lora_da_core.registry import Registry
 
     preset = Registry().resolve("preset", options.preset)
+    config = replace(preset.config, statistics_device=options.statistics_device)
     return build_pipeline(
+        config=config,
         estimator=component_choice(options, "estimator", preset),
         gradient=component_choice(options, "gradient", preset),
         solver=component_choice(options, "solver", preset),
@@ -201,7 +218,7 @@ def _pipeline(options: PlanOptions) -> Pipeline:
 
 
 def _workload(options: PlanOptions, shapes: ModelShapes) -> Workload:
-    from lora_da_core.memory import Workload
+    from lora_da_core.memory_workload import Workload
 
     limit, longest = shapes.max_positions, options.max_length
     if longest is None:
@@ -226,7 +243,7 @@ def _setting(options: PlanOptions, shapes: ModelShapes, workload: Workload) -> d
 def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
     from rich.console import Console
 
-    from lora_da_core.memory import size_text
+    from lora_da_core.memory_workload import size_text
 
     console = Console(highlight=False)
     console.print(plan_table(found))
@@ -234,7 +251,7 @@ def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
     batch = workload.batch
     lines = [
         f"peak {size_text(found.peak_bytes)} on {shapes.device}, in {str(shapes.dtype).removeprefix('torch.')}; "
-        f"statistics of all {found.layers} layers {size_text(found.statistics_bytes)}",
+        f"statistics of all {found.layers} layers {size_text(found.statistics_bytes)}, on the {_place(found)}",
         f"{_count(found.passes, 'pass', 'passes')} over {workload.total:,} tokens in batches of "
         f"{batch.samples} × {batch.tokens}, at most {found.layers_per_pass} layers in each",
         "time unknown without --throughput"
@@ -246,11 +263,19 @@ def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
+def _place(found: Plan) -> str:
+    from lora_da_core.memory_workload import size_text
+
+    if not found.offloaded_bytes:
+        return found.statistics_device
+    return f"{found.statistics_device}: {size_text(found.offloaded_bytes)} at a time"
+
+
 def plan_table(found: Plan) -> Table:
     """One row per entry of a plan, phase by phase, the heaviest phase marked."""
     from rich.table import Table
 
-    from lora_da_core.memory import size_text
+    from lora_da_core.memory_workload import size_text
 
     totals = found.phases()
     heaviest = max(totals, key=lambda phase: totals[phase])

@@ -16,6 +16,7 @@ from lora_da_core.types import (
     Pairing,
     Scale,
     Spectrum,
+    StatisticsDevice,
     TokenMask,
     Unsupported,
 )
@@ -66,6 +67,10 @@ class LoraDAConfig:
         layers_per_pass: How many layers at most have their statistics in memory at a time: each such part is estimated
             in passes of its own, solved and freed. Layers of one input stay together. `"auto"` takes all of them, or as
             many as a run's `max_memory` allows.
+        statistics_device: Where sums lie while no layer adds to them or is solved: with its layer (`"device"`), in the
+            host's memory, or on `"disk"`, in a file below a run's `offload_dir`. `"auto"` leaves them on the device;
+            where a run's `max_memory` asks for less, it takes what costs least time by plan, more passes over the data
+            or moving sums. The sums are the same bit by bit.
         samples: Number of samples to read; None reads every batch.
         seed: Seed of every random number.
         unconverged: What to do where a solver misses its tolerance: `"fallback"` to dense eigh, `"warn"` or
@@ -96,6 +101,7 @@ class LoraDAConfig:
     damping_kind: DampingKind = "relative"
     fisher_scale: FisherScale = "token_mean"
     layers_per_pass: int | Literal["auto"] = "auto"
+    statistics_device: StatisticsDevice = "auto"
     samples: int | None = None
     seed: int = 0
     unconverged: Literal["fallback", "warn", "error"] = "fallback"

@@ -43,18 +43,21 @@ class Custody:
         leaders = {name: group[0] for group in groups for name in group}
         return cls(owners_of(specs, leaders, size), adds)
 
-    def kept(self, make: Callable[[], Accumulator], world: World, layer: str) -> Accumulator:
+    def kept(
+        self, make: Callable[[], Accumulator], keep: Callable[[Accumulator], Accumulator], world: World, layer: str
+    ) -> Accumulator:
         """An accumulator for tokens of a layer, or of the input that it is the first to read.
 
         Args:
             make: Makes a plain one.
+            keep: Makes one whose sums lie elsewhere between updates of it, or leaves it.
             world: The processes.
             layer: The layer.
 
         Returns:
             One that takes tokens here and keeps sums at the layer's owner.
         """
-        return KeptSums(make, world, self.owners[layer], adds=self.adds)
+        return KeptSums(make, keep, world, self.owners[layer], adds=self.adds)
 
     def counted(self, own: Statistics, world: World) -> Statistics:
         """The statistics with the counts of all processes; sums stay where they are kept.
@@ -82,9 +85,17 @@ class KeptSums(Accumulator):
     layer's sums at a time. All processes must take part in every update, with `rest` where they have no tokens.
     """
 
-    def __init__(self, make: Callable[[], Accumulator], world: World, owner: int, *, adds: bool) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Accumulator],
+        keep: Callable[[Accumulator], Accumulator],
+        world: World,
+        owner: int,
+        *,
+        adds: bool,
+    ) -> None:
         self._make, self._world, self._owner, self._adds = make, world, owner, adds
-        self._sums = make() if world.rank == owner else None
+        self._sums = keep(make()) if world.rank == owner else None
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
         if self._adds:

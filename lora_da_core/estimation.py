@@ -17,14 +17,14 @@ from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.custody import Custody
 from lora_da_core.errors import DataError, PluginError
-from lora_da_core.interfaces import Objective
+from lora_da_core.interfaces import GradientEstimator, Objective
 from lora_da_core.modes import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.passes import input_groups
 from lora_da_core.placement import has_sharded_parts
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.repeatability import model_notes
-from lora_da_core.running_sums import Statistics
+from lora_da_core.running_sums import Statistics, SumsByLayer
 from lora_da_core.types import Batch, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,8 @@ class Estimates:
 
     def diagnostics(self, spec: LayerSpec) -> dict[str, float]:
         """What the gradient estimator says of its own error on a layer."""
+        if type(self.task.gradient).diagnostics is GradientEstimator.diagnostics:
+            return {}  # it has nothing to say, and its sums may lie far away
         with self._blamed(spec):
             return self.task.gradient.diagnostics(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
 
@@ -155,7 +157,7 @@ def estimate(
             gradient_sums = forward_gradients(task, batches, seed, notes.append)
     else:
         taps = {name: layer.gradient for name, layer in statistics.layers.items() if layer.group is not None}
-        gradient_sums = {name: tap.statistics() for name, tap in taps.items() if tap is not None}
+        gradient_sums = SumsByLayer({name: tap for name, tap in taps.items() if tap is not None})
     seconds = {"statistics": middle - start, "gradient": time.perf_counter() - middle}
     for note in notes:
         logger.warning("%s", note)

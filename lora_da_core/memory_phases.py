@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,7 @@ class LayerBytes:
         spec: The layer.
         input: Statistics of its input, which all layers of its group share.
         layer: Its own statistics, the gradient's among them.
+        gradient: The gradient's.
         earlier: What of these is there before the last batch; less only where tokens are kept.
         solution: Its subspace.
         workspace: What it takes for a moment.
@@ -44,9 +45,33 @@ class LayerBytes:
     spec: LayerSpec
     input: int
     layer: int
+    gradient: int
     earlier: int
     solution: int
     workspace: Workspace
+
+    def elsewhere(self, *, gradient_stays: bool) -> LayerBytes:
+        """The layer with sums that lie elsewhere between updates: what of them comes at a time is workspace.
+
+        Args:
+            gradient_stays: Whether the gradient's do not move.
+
+        Returns:
+            What it takes on the device.
+        """
+        moved = 0 if gradient_stays else self.gradient
+        own, stays, taken = self.layer - self.gradient, self.gradient - moved, self.workspace
+        coming = self.input + own + moved
+        workspace = replace(
+            taken,
+            update=taken.update + max(self.input, own, moved),
+            # An accumulator sees the merged sums beside its own.
+            end_pass=taken.end_pass and taken.end_pass + self.input + own + max(self.input, own),
+            prepare=taken.prepare + coming,
+            shared=taken.shared + self.input,
+            kept=taken.kept + own + moved,
+        )
+        return replace(self, input=0, layer=stays, earlier=stays, workspace=workspace)
 
 
 _OWN = 2

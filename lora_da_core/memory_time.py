@@ -1,40 +1,90 @@
-"""How long the passes over the data take, at the throughput of one pass that taps every layer."""
+"""How long the passes over the data take, in units of one that taps every layer and keeps all sums on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lora_da_core.memory_phases import Group
+from lora_da_core.memory_phases import Group, statistics_of
+from lora_da_core.types import StatisticsDevice
 
 _BYTES = 4
 """Of one element of a sum, as nearly all are kept."""
 
+_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+"""What a batch costs beside its tokens, in tokens: sums are read and written once a batch, and layers hooked.
 
-def relative_time(parts: Sequence[Sequence[Group]], beside: int, *, backward: bool) -> float:
-    """What several passes take, each of which taps some layers, in units of one that taps all.
+On an H200 a batch of 1,024 tokens of a 7B model took as long as one of 3,584: the host's part decides there.
+"""
+
+_PER_BYTE = {"cpu": {"host": 0.0, "disk": 80.0}, "cuda": {"host": 1e4, "disk": 2.5e5}}
+"""Multiplications that a device makes while one byte comes from the host's memory or from disk.
+
+Assumed of links: 25 GB/s from the host to an accelerator, 1 GB/s from disk. Measured of devices, as multiplications of
+whole passes: 2.5e14 per second by an H200, 8e10 by two cores of a CPU.
+"""
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """What one pass over the data costs, as far as it depends on how layers and batches are divided.
 
     Multiplications are counted, per token: every matrix once in the forward pass; in the backward pass those of the
     layers from the first tapped one on, where the graph begins; and one for every element of the sums that tokens are
-    added to. Attention and what is done element by element are taken to go along with them.
+    added to. Attention and what is done element by element are taken to go along with them. Bytes that come and go are
+    counted as the multiplications that the device makes meanwhile.
 
-    Args:
-        parts: Groups by pass, in the order in which the model runs them.
+    Attributes:
         beside: Elements of the matrices that are not adapted.
         backward: Whether losses are differentiated.
-
-    Returns:
-        1 for one pass, at most the number of passes.
+        tokens: That a pass reads.
+        batch_tokens: Of one batch.
+        offloaded_weights: Bytes of weights that every run of the model brings in.
+        device: Type of the device that computes.
     """
-    order = [layer for part in parts for group in part for layer in group]
-    sizes = [layer.spec.in_features * layer.spec.out_features for layer in order]
-    forward = sum(sizes) + beside
 
-    def work(first: int, groups: Sequence[Group]) -> float:
-        sums = sum(group[0].input + sum(layer.layer for layer in group) for group in groups) / _BYTES
-        return forward + (beside + sum(sizes[first:]) if backward else 0) + sums
+    beside: int
+    backward: bool
+    tokens: int
+    batch_tokens: int
+    offloaded_weights: int
+    device: str
 
-    first, total = 0, 0.0
-    for part in parts:
-        total += work(first, part)
-        first += sum(map(len, part))
-    return total / work(0, [group for part in parts for group in part])
+    def relative(self, parts: Sequence[Sequence[Group]], place: StatisticsDevice) -> float:
+        """What several passes take, each of which taps some layers, in units of one that taps all.
+
+        Args:
+            parts: Groups by pass, in the order in which the model runs them.
+            place: Where their sums lie between updates.
+
+        Returns:
+            1 for one pass with its sums on the device, at most the number of passes there.
+        """
+        order = [layer for part in parts for group in part for layer in group]
+        sizes = [layer.spec.in_features * layer.spec.out_features for layer in order]
+        forward, runs = sum(sizes) + self.beside, 2 if self.backward else 1
+        brought = runs * self.offloaded_weights * self._per_byte("host") / self.batch_tokens
+
+        def work(first: int, groups: Sequence[Group]) -> float:
+            sums = statistics_of(groups) / _BYTES
+            return forward + (self.beside + sum(sizes[first:]) if self.backward else 0) + sums + brought
+
+        first, total = 0, 0.0
+        for part in parts:
+            total += work(first, part) + self._moving(statistics_of(part), place)
+            first += sum(map(len, part))
+        return total / work(0, [group for part in parts for group in part])
+
+    def with_batches(self, relative: float) -> float:
+        """The same with what batches cost beside their tokens, by which smaller batches are the slower ones."""
+        return relative * (1 + _BATCH_TOKENS.get(self.device, _BATCH_TOKENS["cpu"]) / self.batch_tokens)
+
+    def _moving(self, statistics: int, place: StatisticsDevice) -> float:
+        """Multiplications per token: sums come and go for every batch, and once more when they are solved."""
+        if place == "device":
+            return 0.0
+        moves = self.tokens / self.batch_tokens + 1
+        return 2 * statistics * moves * self._per_byte(place) / self.tokens
+
+    def _per_byte(self, place: StatisticsDevice) -> float:
+        return _PER_BYTE.get(self.device, _PER_BYTE["cpu"])[place]

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_da_core.blame import blamed
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics, StoredSums
+from lora_da_core.sums_storage import SumsStorage
 from lora_da_core.world import World
 
 
@@ -21,10 +22,13 @@ class Merger:
         world: The processes.
         adds: Whether the sums of the estimator and of the gradient estimator add.
         last: Whether this was the last pass: own sums are then overwritten, and need no second copy.
+        storage: Where sums lie between updates; they are then added layer by layer instead of all together.
     """
 
-    def __init__(self, world: World, *, adds: Mapping[str, bool], last: bool) -> None:
-        self._world, self._adds, self._last = world, adds, last
+    def __init__(
+        self, world: World, *, adds: Mapping[str, bool], last: bool, storage: SumsStorage | None = None
+    ) -> None:
+        self._world, self._adds, self._last, self._storage = world, adds, last, storage
         self._adding: list[Tensor] = []
 
     def merged(self, own: Statistics) -> Statistics:
@@ -62,14 +66,19 @@ class Merger:
         samples, labels = (sum(theirs[place] for theirs in told) for place in range(2))
         return Statistics(layers, samples, labels, sum(theirs[2] for theirs in told))
 
-    def _sums(self, kind: str, layer: str, accumulator: Accumulator) -> StoredSums:
+    def _sums(self, kind: str, layer: str, accumulator: Accumulator) -> Accumulator:
         with blamed(kind, f" on layer {layer}"):
             own = accumulator.statistics()
         if not self._adds[kind]:
-            return StoredSums(self._by_plugin(kind, layer, accumulator, own))
-        sums = own if self._last else {key: value.clone() for key, value in own.items()}
-        self._adding += sums.values()
-        return StoredSums(sums)
+            sums = self._by_plugin(kind, layer, accumulator, own)
+        else:
+            sums = own if self._last else {key: value.clone() for key, value in own.items()}
+            self._adding += sums.values()
+        if self._storage is None:
+            return StoredSums(sums)
+        self._world.add("sums", self._adding)
+        self._adding.clear()
+        return self._storage.keep(StoredSums(sums))
 
     def _by_plugin(
         self, kind: str, layer: str, accumulator: Accumulator, own: Mapping[str, Tensor]

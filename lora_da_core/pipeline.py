@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lora_da_core.agreement import agree
-from lora_da_core.allocation import Allocation
-from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.blame import blamed, shortage_named
-from lora_da_core.budget import plan_note, plan_within, within
+from lora_da_core.budget import plan_note, plan_within, stored, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -25,19 +22,18 @@ from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.display import html_table
 from lora_da_core.distributed import joined
-from lora_da_core.errors import DataError, OptionError
-from lora_da_core.estimation import Estimates, Job, check_tokens, complete, estimate, sample_notes
+from lora_da_core.errors import OptionError
+from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
 from lora_da_core.functions import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.modes import check_model, quantization_notes, random_states_kept
+from lora_da_core.modes import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.placement import has_sharded_parts
+from lora_da_core.preparation import check_ranks, job_of
 from lora_da_core.registry import Registry
-from lora_da_core.repeatability import order_notes
 from lora_da_core.rounds import Keep, keep_nothing
-from lora_da_core.sizing import SEARCH_SAMPLES
-from lora_da_core.types import Batch, LayerSpec, LoraDAResult
+from lora_da_core.types import Batch, LoraDAResult
 from lora_da_core.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -125,6 +121,7 @@ class Pipeline:
         on_progress: Progress | None = None,
         cache_dir: Path | str | None = None,
         max_memory: int | str | None = None,
+        offload_dir: Path | str | None = None,
         world: World | None = None,
     ) -> LoraDAResult:
         """Estimates, solves and scales; the model is left exactly as found.
@@ -142,8 +139,10 @@ class Pipeline:
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them. Where layers are
                 divided, the statistics of each part are kept.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
-                within by plan; layers are divided among passes, and batches into smaller ones, as takes least time.
-                Libraries come on top.
+                within by plan; layers are divided among passes, batches into smaller ones, and sums kept on the host
+                or on disk, as takes least time. Libraries come on top.
+            offload_dir: Where sums go that are kept on disk: a file without a name, which is gone however the run
+                ends. None takes the system's temporary directory.
             world: The processes that share the run, where the caller has brought them together; None does so here.
 
         Returns:
@@ -156,8 +155,8 @@ class Pipeline:
         with self._world(world) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = self._job(model, batches, peft_config, adapter_name, shared)
-            job, parts = self._divided(model, job, peft_config, adapter_name, max_memory)
+            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
+            job, parts = self._divided(model, job, peft_config, adapter_name, max_memory, offload_dir)
             return Finish(self.registry, self.components, self.config, job, on_progress, keep).result(parts)
 
     def _divided(
@@ -167,15 +166,17 @@ class Pipeline:
         peft_config: LoraConfig | None,
         adapter_name: str,
         max_memory: int | str | None,
+        offload_dir: Path | str | None,
     ) -> tuple[Job, Sequence[Names]]:
-        """The layers of each part, and the job with what is to be said of the plan."""
-        most = self.config.layers_per_pass
+        """The layers of each part, and the job with the place of its sums and what is to be said of the plan."""
+        most, directory = self.config.layers_per_pass, None if offload_dir is None else Path(offload_dir)
         if max_memory is not None:
             if most != "auto" or adapter_name != "default":
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
-            plan = plan_within(self, model, peft_config, job.batches, max_memory)
+            plan = plan_within(self, model, peft_config, job, max_memory)
             logger.info("%s", plan_note(plan))
-            return within(plan, job), plan.parts
+            return stored(within(plan, job), plan.statistics_device, directory, plan.offloaded_bytes), plan.parts
+        job = stored(job, self.config.statistics_device, directory)
         if most == "auto" or most >= len(job.task.specs):
             return job, [[spec.name for spec in job.task.specs]]
         return job, divided_layers(input_groups(job.task, job.batches), most)
@@ -194,6 +195,7 @@ class Pipeline:
         adapter_name: str = "default",
         on_progress: Progress | None = None,
         cache_dir: Path | str | None = None,
+        offload_dir: Path | str | None = None,
     ) -> Estimates:
         """The first half of `run`: the passes over the data, whose sums serve any solver, rank, α, β, damping, scale.
 
@@ -206,6 +208,7 @@ class Pipeline:
             adapter_name: As `run` takes it.
             on_progress: As `run` takes it.
             cache_dir: As `run` takes it; of several rounds, the first one's statistics are kept.
+            offload_dir: As `run` takes it.
 
         Returns:
             The estimates, to be given to `solve` of this pipeline or of one with the same estimators.
@@ -217,7 +220,8 @@ class Pipeline:
         with self._world(None) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = self._job(model, batches, peft_config, adapter_name, shared)
+            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
+            job = stored(job, self.config.statistics_device, None if offload_dir is None else Path(offload_dir))
             task, first = job.task, job.batches
             found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
         return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)
@@ -245,54 +249,6 @@ class Pipeline:
         if world is not None or self.config.distributed == "off":
             return contextlib.nullcontext(world or ALONE)
         return joined(self.config.process_timeout)
-
-    def _job(
-        self,
-        model: nn.Module,
-        batches: Iterable[Batch],
-        peft_config: LoraConfig | None,
-        adapter_name: str,
-        world: World,
-    ) -> Job:
-        from lora_da_core import adapter
-
-        check_model(model)
-        if not isinstance(batches, Iterable):
-            raise DataError(
-                f"the data is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader."
-            )
-        lora = adapter.chosen_config(model, peft_config, adapter_name)
-        targets = adapter.resolve_targets(model, lora, adapter_name, self.config.unsupported)
-        self.components.check_layers(targets.specs)
-        self._check_ranks(model, targets.specs)
-        adapter.check_start(model, targets.modules, lora, self.config.offset)
-        taken, unseen = first_samples(batches, self.config.samples, SEARCH_SAMPLES)
-        counts = label_counts(self.components.objective, taken)
-        task = CaptureTask(
-            model=adapter.base_of(model),
-            modules=targets.modules,
-            specs=targets.specs,
-            objective=self.components.objective,
-            estimator=self.components.estimator,
-            gradient=self.components.gradient,
-            token_mask=self.config.token_mask,
-            base_only=partial(adapter.adapters_disabled, model),
-            origins=self.components.origins(self.registry),
-            world=world,
-        )
-        if world.size > 1:
-            agree(task, [*taken, *unseen], self.components, self.config)
-        taken, unseen = complete(task, taken), complete(task, unseen)
-        first, *later = divided(taken, self.config.rounds)
-        notes = (
-            *targets.notes,
-            *quantization_notes(targets.modules),
-            *sample_notes(counts),
-            *order_notes(batches, taken),
-        )
-        for note in notes:
-            logger.warning("%s", note)
-        return Job(task, first, notes, later, unseen)
 
     @random_states_kept()
     @shortage_named(
@@ -335,7 +291,7 @@ class Pipeline:
             specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
-        self._check_ranks(made.model, specs)
+        check_ranks(self.registry, self.components, self.config, made.model, specs)
         check_tokens(specs, estimates.statistics)
         with self._world(None) as shared:
             task, more = replace(made, specs=specs, world=shared), (estimates.later, estimates.unseen)
@@ -376,28 +332,3 @@ class Pipeline:
         changed = self.config.changed()
         settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
         return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
-
-    def _check_ranks(self, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
-        """Refuses what no allocation can serve, before any work."""
-        from lora_da_core import adapter
-
-        allocator = self.components.allocator
-        if self.config.pairing != "same":
-            if allocator is not None:
-                raise OptionError(
-                    f"allocator {allocator.name!r} and pairing={self.config.pairing!r} do not go together."
-                )
-            for spec in specs:
-                if 2 * spec.rank > min(spec.in_features, spec.out_features):
-                    raise OptionError(
-                        f"layer {spec.name} is {spec.out_features} × {spec.in_features}: pairing="
-                        f"{self.config.pairing!r} takes 2·{spec.rank} of its directions; choose a smaller rank."
-                    )
-        if allocator is None:
-            return
-        if adapter.is_peft_model(model):
-            raise OptionError(
-                f"allocator {allocator.name!r} changes ranks, which an adapter that is there already has fixed; give "
-                "the base model to get_lora_da_model."
-            )
-        Allocation(self.registry, allocator, specs)

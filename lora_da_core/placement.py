@@ -296,6 +296,11 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in kept.values() if not tensor.is_meta) + max(brought)
 
 
+def offloaded_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that are brought in whenever a model runs."""
+    return sum(_own_bytes(module) for module in model.modules() if offload_hook(module) is not None)
+
+
 def largest_module_bytes(model: nn.Module) -> int:
     """Bytes of the weights of one module at most: what an offloaded model brings in at a time."""
     return max((_own_bytes(module) for module in model.modules()), default=0)

@@ -332,8 +332,7 @@ class Rounds:
             by_group.setdefault(leaders[name], []).append(name)
         for names in by_group.values():
             for name in names:
-                fisher = replace(statistics.of_layer(name), spec=specs[name])
-                prepared = solver.prepare(fisher, estimates.gradient(specs[name]))
+                prepared = _prepared(solver, estimates, specs[name])
                 spec, device = prepared.spec, prepared.step.device
                 # An estimator chooses the dtype layer by layer.
                 alike = waiting.setdefault((spec.in_features, spec.rank, prepared.step.dtype, device), [])
@@ -341,13 +340,19 @@ class Rounds:
                 del prepared  # or the layer would live on while the next one is prepared
                 if len(alike) >= batch_size(spec, device):
                     flush(alike)
-            fisher.shared.clear()
+            statistics.forget_shared(names[0])
         for alike in waiting.values():
             if alike:
                 flush(alike)
         if world.size > 1:
             solutions = _of_all(world, solutions, estimates.task.device_of)
         return {spec.name: solutions[spec.name] for spec in wanted}
+
+
+def _prepared(solver: LayerSolver, estimates: Estimates, spec: LayerSpec) -> PreparedLayer:
+    """A layer ready to be solved; of sums that lie elsewhere, nothing stays here that the operators do not hold."""
+    statistics = replace(estimates.statistics.of_layer(spec.name), spec=spec)
+    return solver.prepare(statistics, estimates.gradient(spec))
 
 
 def _diagnostics(estimates: Estimates, specs: Sequence[LayerSpec]) -> dict[str, dict[str, float]]:

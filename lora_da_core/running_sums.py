@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,22 @@ class StoredSums(Accumulator):
 
     def statistics(self) -> dict[str, Tensor]:
         return dict(self._sums)
+
+
+class SumsByLayer(Mapping[str, Mapping[str, Tensor]]):
+    """The sums of accumulators by layer, each asked for when it is wanted: they may lie elsewhere until then."""
+
+    def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
+        self._accumulators = accumulators
+
+    def __getitem__(self, layer: str) -> Mapping[str, Tensor]:
+        return self._accumulators[layer].statistics()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._accumulators)
+
+    def __len__(self) -> int:
+        return len(self._accumulators)
 
 
 @dataclass
@@ -65,6 +81,12 @@ class Statistics:
     def leaders(self) -> dict[str, str]:
         """The first reader of the input that a layer reads, by layer; the layer itself where it never ran."""
         return {name: layer.group.leader if layer.group else name for name, layer in self.layers.items()}
+
+    def forget_shared(self, name: str) -> None:
+        """Drops what layers that read the input of this one have made of it together."""
+        group = self.layers[name].group
+        if group is not None:
+            group.shared.clear()
 
     def of_layer(self, name: str) -> FisherStatistics:
         """The Fisher statistics of one layer, its input's included."""

@@ -28,6 +28,7 @@ Pairing = Literal["same", "right_first", "left_first"]
 RankUnit = Literal["rank", "parameter"]
 Scale = Literal["auto", "fixed", "stable", "product", "unit"]
 Spectrum = Literal["kept", "flat"]
+StatisticsDevice = Literal["auto", "device", "host", "disk"]
 TokenMask = Literal["labels", "attention"]
 Unsupported = Literal["error", "default"]
 

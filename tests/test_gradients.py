@@ -134,7 +134,7 @@ class TestSketched:
     def test_bytes_are_what_is_held(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         spec = layer(*shape)
         accumulator = sketch(6).accumulator(spec, device=CPU, dtype=dtype)
-        held = [*accumulator.statistics().values(), accumulator.matrices.left, accumulator.matrices.right]
+        held = [*accumulator.statistics().values(), accumulator.left, accumulator.right]
         stated = sketch(6).statistics_bytes(spec, itemsize=dtype.itemsize)
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) == stated
         assert stated == sum(shape) * (3 * min(6, *shape) + 1 + CHECK_ROWS) * dtype.itemsize

@@ -13,9 +13,10 @@ from conftest import make_tiny_llama
 from lora_da_core import estimation, models, rounds
 from lora_da_core.budget import workload_of
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
-from lora_da_core.memory import Workload, estimate_memory, parse_size, size_text
+from lora_da_core.memory import estimate_memory
 from lora_da_core.memory_activations import BatchShape, trace
 from lora_da_core.memory_phases import LayerBytes, Phases, PlanRow, by_phase, divided
+from lora_da_core.memory_workload import Workload, parse_size, size_text
 from lora_da_core.memory_workspace import Tokens, Workspace, WorkspaceProbe
 from lora_da_core.passes import divided_layers, input_groups
 from lora_da_core.types import LayerSpec
@@ -284,7 +285,7 @@ def group(*sizes, shared=100):
     zero = {"update": 0, "end_pass": 0, "prepare": 0, "shared": 0, "solve": 0}
     return [
         LayerBytes(
-            LayerSpec(f"{shared}.{place}", "linear", 8, 8, 2, 1.0), shared, size, size, 1, Workspace(**zero, kept=0)
+            LayerSpec(f"{shared}.{place}", "linear", 8, 8, 2, 1.0), shared, size, 0, size, 1, Workspace(**zero, kept=0)
         )
         for place, size in enumerate(sizes)
     ]
@@ -319,7 +320,7 @@ def solve_bytes(device, groups):
 def test_layers_wait_for_each_other_on_an_accelerator_alone():
     workspace = Workspace(update=0, end_pass=0, prepare=50, shared=10, kept=7, solve=3)
     spec = LayerSpec("x", "linear", 8, 8, 2, 1.0)
-    groups = [[LayerBytes(spec, 0, 0, 0, 0, workspace)] * 2 for _ in range(3)]
+    groups = [[LayerBytes(spec, 0, 0, 0, 0, 0, workspace)] * 2 for _ in range(3)]
     # One after the other: the second layer of a group is prepared while the first one's share stays.
     assert solve_bytes("cpu", groups) == 50
     # The last of six is prepared while five wait, with what three groups share; then all are solved together.

@@ -70,18 +70,18 @@ class GradientSketch(Accumulator):
     """GΩ (out, k) and [Ψ; Θ]G (2k + 11, in) of the summed gradient, token by token; G itself is never formed."""
 
     def __init__(self, matrices: TestMatrices) -> None:
-        self.matrices = matrices
-        right, left = matrices.right, matrices.left
-        self.range = right.new_zeros(left.shape[1], right.shape[1])
-        self.corange = left.new_zeros(left.shape[0], right.shape[0])
+        # Attributes of its own, which can lie elsewhere between updates.
+        self.right, self.left = matrices.right, matrices.left
+        self.range = self.right.new_zeros(self.left.shape[1], self.right.shape[1])
+        self.corange = self.left.new_zeros(self.left.shape[0], self.right.shape[0])
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
         if output_grads is None:
             raise TypeError("the sketched gradient needs output gradients")
         g = output_grads.to(self.range)
         x = inputs if holds_places(inputs) else inputs.to(self.range)
-        self.range.addmm_(g.mT, rows_product(x, self.matrices.right))
-        add_product(self.corange, g @ self.matrices.left.mT, x)
+        self.range.addmm_(g.mT, rows_product(x, self.right))
+        add_product(self.corange, g @ self.left.mT, x)
 
     def statistics(self) -> dict[str, Tensor]:
         return {"range": self.range, "corange": self.corange}
