@@ -104,15 +104,15 @@ def evaluate(model: nn.Module, images: Images) -> dict[str, float]:
     return {"loss": float(loss), "accuracy": float((logits.argmax(-1) == images.classes).float().mean())}
 
 
-def fit_head(model: ViTForImageClassification, images: Images) -> None:
-    """Makes the classifier a logistic regression on what the encoder gives."""
+def fit_head(model: ViTForImageClassification, pixels: Tensor, classes: Tensor) -> None:
+    """Makes the classifier a logistic regression on what the encoder gives of images (n, 1, 8, 8) of classes (n,)."""
     with torch.no_grad():
-        features = model.vit(images.pixels).last_hidden_state[:, 0]
+        features = model.vit(pixels).last_hidden_state[:, 0]
     optimizer = torch.optim.LBFGS(model.classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model.classifier(features), images.classes)
+        loss = nn.functional.cross_entropy(model.classifier(features), classes)
         loss = loss + 1e-3 * model.classifier.weight.square().sum()
         loss.backward()
         return loss

@@ -14,7 +14,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
 from lora_da_core.ablation import read_grid, run_grid
-from lora_da_core.ablation.results import RESULTS, RUN, Results
+from lora_da_core.ablation.results import RESULTS, Results, read_run, write_run
 
 
 def main() -> None:
@@ -68,12 +67,25 @@ def run_seeds(
     known = {record["cell"] for record in results.read()}
     for seed in seeds:
         part = joined / f".seed{seed}"
-        if not (joined / RUN).exists():
-            shutil.copy(part / RUN, joined / RUN)
+        _join_run(part, joined)
         for record in Results(part).read():
             if record["cell"] not in known:
                 results.append(record)
     return results
+
+
+def _join_run(part: Path, joined: Path) -> None:
+    """Adds what made a seed's cells to what made the joined ones: a report shows the cells that it finds there."""
+    entries, known = (_entries(read_run(directory)) for directory in (part, joined))
+    for entry in reversed(entries):
+        if entry not in known:
+            write_run(joined, entry)
+
+
+def _entries(run: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if run is None:
+        return []
+    return [{name: value for name, value in run.items() if name != "earlier"}, *run["earlier"]]
 
 
 def _options() -> argparse.Namespace:

@@ -4,7 +4,7 @@ The data are scikit-learn's 1,797 scanned digits (8×8 pixels), split once: trai
 layer of the encoder gets an adapter. The classifier is new, has five outputs, and is trained with the adapter, at the
 same rate, for all methods alike (`modules_to_save`); of one seed they share its start, their calibration samples and
 the order of their batches. `--head random` starts it at random, `--head probe` at a logistic regression on the frozen
-features.
+features of the training rows that no start reads, since the losses of rows that a head knows say little about others.
 
 Writes one JSON line on the setting, then one per run (or per start that failed), with losses and accuracies at every
 evaluated step. A method's learning rate is the one with the lowest mean validation loss at the end; the printed table
@@ -149,15 +149,21 @@ METHODS: dict[str, Maker] = {
 
 
 def base_model(task: Task, settings: Settings, seed: int) -> ViTForImageClassification:
-    """The pre-trained encoder with a new classifier."""
+    """The pre-trained encoder with a new classifier, which knows none of the rows that a start reads."""
     model = vit()
     model.load_state_dict(task.weights)
     generator = torch.Generator().manual_seed(seed)
     model.classifier.weight.data.normal_(std=model.config.initializer_range, generator=generator)
     model.classifier.bias.data.zero_()
     if settings.head == "probe":
-        fit_head(model, task.train)
+        others = shuffled(task, seed)[settings.samples + SEARCH_SAMPLES :]
+        fit_head(model, task.train.pixels[others], task.train.classes[others])
     return model.eval()
+
+
+def shuffled(task: Task, seed: int) -> torch.Tensor:
+    """The training rows in a seed's order: a start reads the first of them."""
+    return torch.randperm(len(task.train.classes), generator=torch.Generator().manual_seed(seed))
 
 
 def compare(method: str, seed: int, settings: Settings, task: Task) -> list[dict[str, Any]]:
@@ -171,7 +177,7 @@ def compare(method: str, seed: int, settings: Settings, task: Task) -> list[dict
         "target_modules": [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "classifier"],
         "modules_to_save": ["classifier"],
     }
-    order = torch.randperm(len(task.train.classes), generator=torch.Generator().manual_seed(seed))
+    order = shuffled(task, seed)
     read, follow = order[: settings.samples], order[settings.samples : settings.samples + SEARCH_SAMPLES]
     calibration = Calibration(
         *([task.train.rows(rows) for rows in p.split(settings.batch_size)] for p in (read, follow))

@@ -141,7 +141,7 @@ class Finish:
             search, steps = self.record.timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d))  # type: ignore[misc]
             searches.append(asdict(search))
         if not any(search["multiplier"] for search in searches):
-            self.record.note("no step along the solution lowers the loss on the samples: B starts at zero")
+            self.record.note("no step along the solution surely lowers the loss on the samples: B starts at zero")
         factors = self.record.timed("scale", lambda: sizing.divided(steps, self.config.balance))
         earlier = {"earlier": searches[:-1]} if len(searches) > 1 else {}
         return rounds, factors, {**searches[-1], **earlier}

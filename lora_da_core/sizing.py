@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from lora_da_core.batches import joined, labelled_part, spread
 from lora_da_core.capture import CaptureTask, Progress
@@ -72,15 +73,15 @@ class Sizing:
         tries = 0
         with self._probe as probe:
 
-            def loss(multiplier: float) -> float:
+            def losses(multiplier: float) -> Tensor:
                 nonlocal tries
                 tries += 1
                 if self._on_progress is not None:
                     self._on_progress("scale", tries, 0)
                 at_base = not multiplier and not current
-                return float(probe.losses({} if at_base else self.changes(_at(lines, multiplier))).mean())
+                return probe.losses({} if at_base else self.changes(_at(lines, multiplier)))
 
-            found = line_search(loss)
+            found = line_search(losses)
         return found, _at(lines, found.multiplier)
 
     def changes(self, steps: Steps) -> dict[str, LinearMap]:

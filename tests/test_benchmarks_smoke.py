@@ -233,6 +233,11 @@ def test_forgetting_is_measured_on_passages_of_pythons_reference(
         assert ours[0] == pytest.approx(losses[0], abs=1e-6) and abs(ours[1] - losses[1]) > 1e-4
     shown = float(named["kfac"][4].split(" ± ")[0])
     assert shown == pytest.approx(sum(last for _, last in free) / 2, abs=1e-4)
+    report = (output / "report.md").read_text()
+    assert f"{len(records)} done" in report and "not shown" not in report
+    before = (output / "run.json").read_bytes()
+    forgetting.main()
+    assert (output / "run.json").read_bytes() == before
 
 
 def test_passages_are_whole_paragraphs_long_enough() -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig
+from scipy import stats
 from torch import Tensor, nn
 
 import lora_da_core
@@ -17,6 +20,7 @@ from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import DataError, LoraDAConfig, OptionError, adapter
 from lora_da_core.batches import divided, first_samples
 from lora_da_core.omega import WeightStep
+from lora_da_core.scale import SURE, line_search
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 SAMPLES = make_samples(40, vocab=8)  # few of the model's words, so that there is something to learn
@@ -39,6 +43,11 @@ def mean_loss(model: nn.Module, samples: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def reached(search: Any) -> float:
+    """The loss where a search ended."""
+    return float({0.0: search["base_loss"], **dict(search["tried"])}[search["multiplier"]])
+
+
 def merged(factors: Any) -> nn.Module:
     return adapter.apply(make_tiny_llama(torch.float64), LORA, factors).merge_and_unload()
 
@@ -58,6 +67,56 @@ def test_the_search_reads_unseen_samples_where_there_are_any() -> None:
     assert best < base
     assert result.report.samples == len(FEW)
     assert not any("sized on samples" in note for note in result.report.notes)
+
+
+@given(
+    slopes=st.lists(st.floats(-3, 3), min_size=2, max_size=16),
+    curvature=st.floats(1e-2, 1e3),
+    level=st.floats(0, 10),
+)
+def test_a_step_is_taken_only_where_it_surely_lowers_the_loss(
+    slopes: list[float], curvature: float, level: float
+) -> None:
+    """Against scipy's standard error; of the multipliers tried that pass, it is the best."""
+    slope = torch.tensor(slopes, dtype=torch.float64)
+
+    def losses(t: float) -> Tensor:
+        return level + slope * t + curvature * t * t
+
+    found = line_search(losses)
+    sure = {}
+    for multiplier, loss in found.tried:
+        change = (losses(multiplier) - losses(0.0)).numpy()
+        if change.mean() < -SURE * stats.sem(change) - 1e-12:
+            sure[multiplier] = loss
+    assert found.base_loss == pytest.approx(level)
+    if not found.multiplier:
+        assert not sure
+        return
+    change = (losses(found.multiplier) - losses(0.0)).numpy()
+    assert change.mean() < -SURE * stats.sem(change) + 1e-12
+    assert float(losses(found.multiplier).mean()) <= min(sure.values(), default=level) + 1e-12
+
+
+def test_a_direction_that_is_no_better_than_chance_is_seldom_taken() -> None:
+    """Slopes of mean 0, so that every step raises the expected loss: the lowest mean alone takes half of them."""
+    generator = torch.Generator().manual_seed(0)
+    taken, lower = 0, 0
+    for _ in range(200):
+        slope = torch.randn(16, generator=generator, dtype=torch.float64)
+        found = line_search(lambda t, slope=slope: 1 + slope * t + t * t)  # type: ignore[misc]
+        taken += found.multiplier > 0
+        lower += min(loss for _, loss in found.tried) < found.base_loss
+    assert lower > 80
+    assert taken < 12
+
+
+def test_one_sample_and_losses_that_are_not_finite() -> None:
+    one = line_search(lambda t: torch.tensor([(t - 0.25) ** 2]))
+    assert one.multiplier == pytest.approx(0.25, rel=0.1)
+    assert one.standard_error is None
+    broken = line_search(lambda t: torch.tensor([1.0 - t, float("nan") if t > 0.1 else 1.0 - t]))
+    assert 0 < broken.multiplier <= 0.1
 
 
 def test_without_unseen_samples_the_report_says_so() -> None:
@@ -140,10 +199,9 @@ def test_every_round_begins_where_the_last_one_ended() -> None:
     searches = [*scale["earlier"], scale]
     assert len(searches) == 3
     for last, following in itertools.pairwise(searches):
-        assert following["base_loss"] == pytest.approx(min(loss for _, loss in last["tried"]), abs=1e-9)
-    best = min(loss for _, loss in scale["tried"])
-    assert merged_loss(result.factors, UNSEEN) == pytest.approx(best, abs=1e-9)
-    assert best < min(loss for _, loss in searches[0]["tried"])
+        assert following["base_loss"] == pytest.approx(reached(last), abs=1e-9)
+    assert merged_loss(result.factors, UNSEEN) == pytest.approx(reached(scale), abs=1e-9)
+    assert reached(scale) < reached(searches[0])
     assert all(pair.A.shape[0] == pair.B.shape[1] == 4 for pair in result.factors.values())
     assert result.report.samples == len(FEW)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
