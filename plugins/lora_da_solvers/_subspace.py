@@ -21,6 +21,13 @@ The orthogonality error of Cholesky QR is the dtype's rounding over the pivot, a
 """
 
 
+_HOST_ORDER = 256
+"""Largest order of a projected operator that is decomposed on the host.
+
+Measured with one H100 and one CPU core: order 256 takes 5 ms on the host, 512 27 ms there and 6 ms on the device.
+"""
+
+
 @dataclass(frozen=True)
 class RitzPairs:
     """Eigenpairs of the projected operator.
@@ -179,20 +186,21 @@ class Subspace:
         self._pairs = None
 
     def ritz(self) -> RitzPairs:
-        """Eigenpairs of QᵀΩQ, in float64 on the CPU, where small matrices are solved fastest.
+        """Eigenpairs of QᵀΩQ, in float64; on the host, where small matrices are solved fastest, up to `_HOST_ORDER`.
 
         Raises:
             ConvergenceError: Where a product was not finite.
         """
         if self._pairs is None:
-            projected = self._projected[..., : self.filled, : self.filled].to("cpu", torch.float64)
+            place = torch.device("cpu") if self.filled <= _HOST_ORDER else self.operator.device
+            projected = self._projected[..., : self.filled, : self.filled].to(place, torch.float64)
             if not bool(torch.isfinite(projected).all()):
                 raise ConvergenceError(
                     f"a product with the operator of order {self.operator.size} holds NaN or infinity; "
                     "check the gradients and the damping of the Fisher it was made from."
                 )
             ritz = eigh(0.5 * (projected + projected.mT), "the Ritz matrix")
-            values, coefficients = ritz.values, ritz.vectors
+            values, coefficients = ritz.values.cpu(), ritz.vectors
             self.norm = torch.maximum(self.norm, values.abs().amax(-1))
             self._pairs = RitzPairs(values, coefficients.to(self.operator.device, self.operator.dtype))
         return self._pairs
