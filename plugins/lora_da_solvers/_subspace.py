@@ -11,6 +11,7 @@ from lora_da_core.errors import ConvergenceError
 from lora_da_core.factorisations import eigh
 from lora_da_core.operators import SymmetricOperator
 from lora_da_solvers._ritz import residual_norms
+from lora_da_solvers._tall import tall_product
 
 _NORM_STEPS = 10
 """Products spent on an estimate of ‖Ω‖."""
@@ -88,7 +89,7 @@ def _by_gram_matrix(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     norms = torch.linalg.vector_norm(block, dim=-2).clamp_min(torch.finfo(block.dtype).tiny)
     scaled = block / norms.unsqueeze(-2)
     wide = scaled.double()
-    root, info = torch.linalg.cholesky_ex(wide.mT @ wide)
+    root, info = torch.linalg.cholesky_ex(tall_product(wide, wide))
     eye = torch.eye(block.shape[-1], dtype=root.dtype, device=root.device)
     inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
     pivots = root.diagonal(dim1=-2, dim2=-1).masked_fill((info != 0).unsqueeze(-1), -1.0)
@@ -171,7 +172,7 @@ class Subspace:
         return basis, sound
 
     def _project_out(self, block: Tensor) -> Tensor:
-        return block - self.vectors @ (self.vectors.mT @ block) if self.filled else block
+        return block - self.vectors @ tall_product(self.vectors, block) if self.filled else block
 
     def append(self, block: Tensor) -> None:
         """Take in a block that is orthonormal and orthogonal to Q, at one product with the operator."""
@@ -180,7 +181,7 @@ class Subspace:
         self._products[..., start:stop] = self.operator.matmat(block)
         self.filled = stop
         self.applies += 1
-        coupling = self.vectors.mT @ self._products[..., start:stop]
+        coupling = tall_product(self.vectors, self._products[..., start:stop])
         self._projected[..., :stop, start:stop] = coupling
         self._projected[..., start:stop, :start] = coupling[..., :start, :].mT
         self._pairs = None
@@ -226,7 +227,7 @@ class Subspace:
     def seed(self, vectors: Tensor, products: Tensor) -> None:
         """Start anew from orthonormal vectors (…, size, k) whose products are known."""
         self._replace(vectors, products)
-        self._projected[..., : self.filled, : self.filled] = vectors.mT @ products
+        self._projected[..., : self.filled, : self.filled] = tall_product(vectors, products)
 
     def _replace(self, vectors: Tensor, products: Tensor) -> None:
         self.filled = vectors.shape[-1]
