@@ -24,7 +24,7 @@ from lora_da_core.wide_products import full_float32
 from lora_da_estimators import _factors
 from lora_da_estimators.kfac import Kfac, KfacOptions
 from lora_da_objectives.causal_lm import CausalLM
-from lora_da_solvers import _subspace, lanczos
+from lora_da_solvers import _subspace, _tall, lanczos
 from lora_da_solvers.davidson import Davidson
 from lora_da_solvers.lanczos import Lanczos
 from lora_da_solvers.randomized_svd import RandomizedSVD
@@ -36,6 +36,7 @@ SOLVERS: tuple[type[Solver[Any]], ...] = (Lanczos, RandomizedSVD, Davidson)
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_subspace, "_by_cholesky", lambda device: True)
+    monkeypatch.setattr(_tall, "_by_parts", lambda device: True)
     monkeypatch.setattr(_factors, "_narrows", lambda device: True)
     monkeypatch.setattr(inverses, "_by_products", lambda device: True)
     monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
@@ -79,6 +80,17 @@ def test_cholesky_qr_refuses_a_batch_with_a_deficient_block(spoil: str) -> None:
     block = torch.randn(2, 30, 4, generator=generator(), dtype=torch.float64)
     block[1, :, 2] = {"repeated": block[1, :, 0] * (1 + 1e-9), "zero": 0.0, "nan": torch.nan}[spoil]
     assert _subspace.cholesky_qr(block) is None
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(("rows", "parts"), [(4096, 32), (11008, 32), (1040, 16), (520, 8), (504, 1), (4099, 1)])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
+def test_tall_blocks_are_multiplied_in_parts_of_their_rows(rows: int, parts: int, batch: tuple[int, ...]) -> None:
+    """Of a view into a wider basis, as the solvers give it."""
+    basis = torch.randn(*batch, rows, 30, generator=generator(), dtype=torch.float64)
+    left, right = basis[..., :13], basis[..., 13:21]
+    assert _tall._parts(rows) == parts
+    torch.testing.assert_close(_tall.tall_product(left, right), left.mT @ right, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.usefixtures("accelerator")

@@ -30,6 +30,8 @@ _LEAST_PROBE = 4
 """Columns of a verification round's random block at least: one column alone can be nearly orthogonal to a copy."""
 _LEVEL = 1e-3
 """Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
+_FIRST_LOOK = 5
+"""Products before the first look where looks are kept few: the basis is small yet, and so is its eigenproblem."""
 _STRIDE = 3
 """Least products from one look at the Ritz values to the next where looks are kept few."""
 _PATIENCE = 30
@@ -212,8 +214,8 @@ class _Run:
             pause = self._to_next_look(before, worst, pause)
 
     def _to_first_look(self) -> int:
-        """Krylov steps before the first look at the Ritz values, which a restart needs anyway."""
-        return max(2, self._room()) if self.patient else 2
+        """Krylov steps before the first look at the Ritz values; the second comes where a restart needs them anyway."""
+        return max(2, min(_FIRST_LOOK - 1, self._room())) if self.patient else 2
 
     def _to_next_look(self, before: float, worst: float, steps: int) -> int:
         """Steps to go, from the residuals at the last two looks: on an accelerator all that should be needed."""
@@ -324,8 +326,8 @@ class _Run:
 def _is_patient(device: torch.device) -> bool:
     """Whether looks at the Ritz values are kept few: an accelerator waits for the host's small eigenproblems.
 
-    They take longer than its products, so there the Ritz values are looked at where the basis is full, and before that
-    only where the observed rate says that convergence comes sooner.
+    They take longer than its products, so there the Ritz values are looked at once while the basis is small and then
+    where it is full, and before that only where the observed rate says that convergence comes sooner.
     """
     return device.type != "cpu"
 
