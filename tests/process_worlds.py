@@ -36,7 +36,7 @@ class Ending:
 
 
 def context() -> Any:
-    """Starts processes that have imported what is slow to import already; with GPUs, which do not outlive a fork, anew."""
+    """Starts processes that have imported what is slow to import already; with GPUs, which no fork survives, anew."""
     if ON_GPUS:
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
