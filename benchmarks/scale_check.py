@@ -132,7 +132,7 @@ def rows_of(comparisons: Sequence[Comparison]) -> Iterator[str]:
         phases = " | ".join(f"{run.phases[phase]:.2f}, {way.seconds[name]:.2f}" for phase, name in PHASES.items())
         yield (
             f"| {run.processes}{', sharded' if run.sharded else ''} | {run.seconds:.2f} | {each.seconds:.2f} "
-            f"({100 * each.error:+.0f} %) | {phases} | {_size(run.held)}, {_size(each.held)} | "
+            f"({round(100 * each.error):+d} %) | {phases} | {_size(run.held)}, {_size(each.held)} | "
             f"{run.longest}, {way.bottleneck} |"
         )
 

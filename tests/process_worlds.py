@@ -36,7 +36,9 @@ class Ending:
 
 
 def context() -> Any:
-    """Starts processes that have imported what is slow to import already."""
+    """Starts processes that have imported what is slow to import already; with GPUs, which no fork survives, anew."""
+    if ON_GPUS:
+        return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["lora_da_core.adapter", "transformers", "process_worlds", "conftest"])
     return found

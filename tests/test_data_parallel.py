@@ -113,7 +113,7 @@ def alone() -> dict[str, Any]:
 def shared() -> Iterator[dict[str, list[dict[str, Any]]]]:
     """What every process found, of groups that run at the same time."""
     worlds = Worlds()
-    wanted = {"2": (2, list(CASES)), "2 again": (2, ["kfac", "experts"]), "4": (4, ON_FOUR)}
+    wanted = {"2": (2, list(CASES)), "2 again": (2, ["kfac", "experts"]), "4": (4, ON_FOUR), "4 again": (4, ["kfac"])}
     try:
         started = {name: worlds.start(size, outcomes, cases) for name, (size, cases) in wanted.items()}
         yield {name: worlds.values(number) for name, number in started.items()}
@@ -179,11 +179,15 @@ def test_every_process_holds_the_same_bytes(size: str, shared: dict[str, list[di
             assert other[name]["bytes"] == first[name]["bytes"] and other[name]["scale"] == first[name]["scale"], name
 
 
-def test_the_same_number_of_processes_gives_the_same_bytes_again(shared: dict[str, list[dict[str, Any]]]) -> None:
-    for name, found in shared["2 again"][0].items():
-        assert found["bytes"] == shared["2"][0][name]["bytes"]
+@pytest.mark.parametrize("size", ["2", "4"])
+def test_the_same_number_of_processes_gives_the_same_bytes_again(
+    size: str, shared: dict[str, list[dict[str, Any]]]
+) -> None:
+    for name, found in shared[f"{size} again"][0].items():
+        before = shared[size][0][name]
+        assert found["bytes"] == before["bytes"]
         for key, value in found["sums"].items():
-            assert value.tobytes() == shared["2"][0][name]["sums"][key].tobytes(), key
+            assert value.tobytes() == before["sums"][key].tobytes(), key
 
 
 def trained(directory: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from lora_da_core.distributed import joined
-from process_worlds import Worlds
+from lora_da_core.errors import RankError
+from lora_da_core.roll_call import RollCall
+from process_worlds import PATIENCE, Worlds
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,19 @@ def test_a_rank_that_ends_is_named_by_all(worlds: Worlds, kind: str) -> None:
         for rank in (0, 2):
             assert endings[rank].error.startswith(f"RankError: {wanted}") and endings[rank].seconds < 20
         assert endings[1].error == ("ValueError: out of luck" if kind == "raised" else "")
+
+
+def test_a_process_that_waits_in_anothers_collective_is_freed_once() -> None:
+    store, freed = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False), threading.Semaphore(0)
+    first, second = (RollCall(store.clone(), rank, 2, 2.0, freed.release) for rank in range(2))
+    first.start()
+    second.start()
+    assert not freed.acquire(timeout=1)
+    second.report(ValueError("out of luck"))
+    second.leave()
+    # The first one does not look for faults, as one that waits for a collective of NCCL.
+    assert freed.acquire(timeout=PATIENCE) and first.freed and not second.freed
+    with pytest.raises(RankError, match="rank 1 of 2 failed: ValueError: out of luck"):
+        first.look("statistics")
+    assert not freed.acquire(timeout=1)
+    first.leave()

@@ -255,6 +255,7 @@ def test_a_model_that_exceeds_the_limit_completes_and_equals_the_run_in_memory(c
 
 def test_a_limit_that_not_even_offloading_meets_is_an_error(checkpoint, world, tmp_path):
     arguments = ["init", "--model", str(checkpoint), "--data", str(world / "data.jsonl"), "--device", "cpu"]
+    arguments += ["--samples", "4", "--batch-size", "2", "--target-modules", "q_proj"]
     done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "run"), "--max-memory", "100kB"])
     assert done.exit_code == 2
     assert "the smallest that works" in done.output

@@ -95,7 +95,7 @@ def test_bytes_of_measured_runs_are_those_that_were_predicted() -> None:
     one, two, sharded = found
     assert [each.run.processes for each in found] == [1, 2, 2]
     assert [each.run.held for each in found] == [each.held for each in found]
-    assert one.seconds == pytest.approx(one.run.seconds) and one.error == pytest.approx(0)
+    assert one.seconds == pytest.approx(one.run.seconds, rel=1e-2) and abs(one.error) < 1e-2
     assert sharded.run.held < 0.75 * two.run.held
     assert all(each.run.seconds > 0 and each.seconds > 0 for each in found)
     assert len(list(scale_check.rows_of(found))) == 5

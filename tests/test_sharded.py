@@ -23,7 +23,8 @@ from lora_da_core import LoraDAConfig, adapter
 from lora_da_core.errors import OptionError
 from process_worlds import Worlds
 
-LAYERS = 4
+LAYERS = 3
+"""Blocks: with two, FSDP2 would gather all of them while one computes."""
 FIXED = LoraDAConfig(gamma=64.0, damping=1.0)
 OFFLOADED = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
 CASES: dict[str, dict[str, Any]] = {
@@ -38,11 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
         "estimator": ("kfac", {"output": "identity"}),
         "gradient": ("zeroth_order", {"steps": 2, "probes": 1}),
     },
-    "layers in two passes": {"config": LoraDAConfig(gamma=64.0, damping=1.0, layers_per_pass=14)},
+    "layers in two passes": {"config": LoraDAConfig(gamma=64.0, damping=1.0, layers_per_pass=11)},
     "automatic scale": {"config": LoraDAConfig(samples=9)},
     "fewer samples than processes": {"samples": 3},
 }
-ON_FOUR = ["kfac", "kfac, weights in host memory", "ekfac", "automatic scale", "fewer samples than processes"]
+ON_FOUR = ["kfac", "kfac, weights in host memory", "ekfac", "fewer samples than processes"]
 FACTORS = 1e-6
 """How far B·A may lie from one process's, all sums in float64."""
 
@@ -51,8 +52,8 @@ def lora() -> LoraConfig:
     return LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def whole_model() -> Any:
-    return make_tiny_llama(torch.float64, num_hidden_layers=LAYERS)
+def whole_model(blocks: int = LAYERS) -> Any:
+    return make_tiny_llama(torch.float64, num_hidden_layers=blocks)
 
 
 def sharded(model: Any, **settings: Any) -> Any:
@@ -141,8 +142,8 @@ def gradients(model: Any) -> list[np.ndarray]:
 
 
 def held(pipeline: Any) -> dict[str, int]:
-    """Bytes that this process holds of weights and of statistics."""
-    model = sharded(whole_model())
+    """Bytes that this process holds of weights and of statistics, of four blocks."""
+    model = sharded(whole_model(4))
     layers = pipeline.estimate(model, data(14), lora()).statistics.layers.values()
     groups = {id(layer.group): layer.group for layer in layers}
     sums = [each.statistics() for layer in layers for each in (layer.fisher, layer.gradient)]
@@ -240,12 +241,12 @@ def test_whole_weights_are_there_only_while_they_are_gathered(size: int, name: s
 
 @pytest.mark.parametrize("estimator", ["kfac", "ekfac"])
 def test_what_a_process_holds_falls_with_their_number(estimator: str, found: Any) -> None:
-    layers = build({"estimator": estimator}).estimate(whole_model(), data(14), lora()).statistics.layers.values()
+    layers = build({"estimator": estimator}).estimate(whole_model(4), data(14), lora()).statistics.layers.values()
     groups = {id(layer.group): layer.group for layer in layers}
     accumulators = [each for layer in layers for each in (layer.fisher, layer.gradient)]
     accumulators += [group.accumulator for group in groups.values()]
     statistics = sum(value.nbytes for each in accumulators for value in each.statistics().values())
-    weights = sum(parameter.nbytes for parameter in whole_model().parameters())
+    weights = sum(parameter.nbytes for parameter in whole_model(4).parameters())
     for size in (2, 4):
         of_ranks = [each["held"][estimator] for each in found[size]]
         assert sum(each["statistics"] for each in of_ranks) == statistics
