@@ -1,4 +1,4 @@
-"""Draws the picture of the README from the losses that `benchmarks.evidence` measured: curves and last losses.
+"""Draws the picture of the README from the losses that `benchmarks.evidence` measured: curves, last losses and costs.
 
     python -m benchmarks.evidence_picture benchmarks/results/gsm8k_2026-11-26.jsonl docs/pictures/evidence.png
 
@@ -58,8 +58,13 @@ def paired(rows: Rows, default: Rows) -> tuple[float, float]:
     return statistics.mean(differences), float(t.ppf(0.975, len(differences) - 1)) * spread
 
 
+def seconds(rows: Rows) -> float:
+    """Median time of making a start, over seeds."""
+    return statistics.median(row["init_seconds"] for row in rows.values())
+
+
 def figure_of(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Curves on the left, differences after the last step on the right."""
+    """Curves on the left; on the right differences after the last step, and what each start took."""
     best = at_best_rate(records)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     curves, last = figure.subplots(1, 2)
@@ -82,11 +87,12 @@ def figure_of(records: Sequence[Mapping[str, Any]]) -> Figure:
     for place, start in enumerate(order):
         mean, half = paired(best[start], best[DEFAULT])
         last.errorbar(mean, place, xerr=half, color=COLOURS[start], fmt="o", capsize=3)
-    last.set_yticks(range(len(order)), [NAMES[start] for start in order])
+    last.set_yticks(range(len(order)), [f"{NAMES[start]}, {seconds(best[start]):.0f} s" for start in order])
     last.invert_yaxis()
     last.axvline(0, color="black", ls="--", lw=1.4)
     last.set(
-        xlabel="last loss − PEFT default's, paired by seed, 95 %", title="After the last step, and seconds to start"
+        xlabel="last loss − PEFT default's, paired by seed, 95 %",
+        title="After the last step, and seconds that the start took",
     )
     for axes in (curves, last):
         axes.grid(alpha=0.25, lw=0.5)

@@ -15,7 +15,7 @@ from demo_model import demo_model
 from peft import LoraConfig, PeftModel
 
 import lora_da_core
-from lora_da_core import adapter, data, models
+from lora_da_core import data, models
 
 HERE = Path(__file__).parent
 
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> PeftModel:
     print(result)
     print(result.to_pandas()[["rank", "sigma", "ritz_1", "residual", "converged"]].head())
 
-    adapter.apply(loaded.model, lora, result.factors).save_pretrained(options.output)
+    lora_da_core.get_lora_da_model(loaded.model, lora, result=result).save_pretrained(options.output)
     result.plot_spectra().savefig(options.output / "spectra.png")
     base = models.load_model(options.model or demo_model(), device="cpu").model
     return PeftModel.from_pretrained(base, options.output, is_trainable=True)

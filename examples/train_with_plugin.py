@@ -19,7 +19,6 @@ from transformers import Trainer, TrainingArguments
 
 import lora_da_core
 from lora_da_core import data, models
-from lora_da_core.registry import Registry
 
 HERE = Path(__file__).parent
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         penalty = lora_da_core.penalty_of(model, ("laplace", settings), read)
         lora_da_core.regularize_training(trainer, penalty)
     else:
-        Registry().create("trainer", (options.plugin, settings)).attach(trainer)
+        lora_da_core.trainer_plugin((options.plugin, settings)).attach(trainer)
     with torch.random.fork_rng():
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

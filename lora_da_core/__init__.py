@@ -26,7 +26,7 @@ from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import list_plugins
 from lora_da_core.regularization import Penalty, penalty_of, regularize_training
-from lora_da_core.trainer import init_before_training
+from lora_da_core.trainer import init_before_training, trainer_plugin
 from lora_da_core.types import LayerReport, LoraDAResult, LoraFactors, RunReport
 
 __all__ = [
@@ -62,4 +62,5 @@ __all__ = [
     "penalty_of",
     "preference_batches",
     "regularize_training",
+    "trainer_plugin",
 ]

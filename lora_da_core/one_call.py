@@ -20,32 +20,42 @@ if TYPE_CHECKING:
 def get_lora_da_model(
     model: nn.Module,
     peft_config: LoraConfig,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | None = None,
     *,
     pipeline: Pipeline | None = None,
+    result: LoraDAResult | None = None,
     adapter_name: str = "default",
 ) -> PeftModel:
-    """Runs the pipeline and wraps the model with the initialised adapter.
+    """Wraps the model with an initialised adapter: runs the pipeline, or takes the result of a run.
 
     Args:
         model: A base model.
         peft_config: The LoRA configuration.
-        batches: As `Pipeline.run` takes them.
-        pipeline: None builds the default one.
+        batches: As `Pipeline.run` takes them; not with `result`.
+        pipeline: None builds the default one; not with `result`, which has its pipeline's settings.
+        result: What `Pipeline.run` or `Pipeline.solve` returned for this model and configuration.
         adapter_name: Name of the adapter.
 
     Returns:
         A stock PeftModel; with what the configuration's `offset` and `frozen` ask for.
+
+    Raises:
+        OptionError: Not exactly one of `batches` and `result` is given, a pipeline beside a result, or a PeftModel.
     """
     from lora_da_core import adapter
 
+    if (batches is None) == (result is None):
+        raise OptionError("give either batches or result.")
+    if result is not None and pipeline is not None:
+        raise OptionError("a result has the settings of the pipeline that made it; leave out pipeline.")
     if adapter.is_peft_model(model):
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
     adapter.check_adapter_name(adapter_name)
-    chosen = pipeline or build_pipeline()
-    result = chosen.run(model, batches, peft_config)
-    fitted, start = get_lora_da_config(peft_config, result), chosen.config
-    return adapter.apply(model, fitted, result.factors, adapter_name, offset=start.offset, frozen=start.frozen)
+    if result is None and batches is not None:
+        result = (pipeline or build_pipeline()).run(model, batches, peft_config)
+    assert result is not None
+    fitted, start = get_lora_da_config(peft_config, result), result.report.config
+    return adapter.apply(model, fitted, result.factors, adapter_name, offset=start["offset"], frozen=start["frozen"])
 
 
 def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:

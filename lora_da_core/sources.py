@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import socket
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 LARGEST_SETTINGS = 2**16
 """Bytes of the largest file of settings that is read; dotted keys take time that grows with the square of theirs."""
+
+_UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)
+"""What a machine without a network says, in words that do not mention it."""
 
 
 def looks_like_path(source: str, suffixes: Collection[str]) -> bool:
@@ -45,11 +49,17 @@ def nearby(path: Path, suffixes: Collection[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """One line that says why: the innermost cause, which names the fault and not the step that met it."""
+    """One line that says why: the innermost cause, which names the fault and not the step that met it.
+
+    >>> reason(ConnectionRefusedError("Connection refused"))
+    'the network cannot be reached: Connection refused.'
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
+    if isinstance(error, _UNREACHABLE):
+        text = f"the network cannot be reached: {text}"
     return text if text.endswith((".", "!")) else f"{text}."
 
 

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 
 from lora_da_core.batches import first_samples, to_device
+from lora_da_core.config import ComponentChoice
 from lora_da_core.distributed import joined
 from lora_da_core.errors import OptionError
+from lora_da_core.interfaces import TrainerPlugin
 from lora_da_core.modes import random_states_kept
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
+from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, RunReport
 from lora_da_core.world import ALONE, World
@@ -99,3 +102,16 @@ def _preference_pipeline(trainer: Any) -> Pipeline:
             "the objective to start from, such as build_pipeline(objective='dpo') or 'rpo'."
         )
     return build_pipeline(objective=("dpo", {"beta": trainer.args.beta}))
+
+
+def trainer_plugin(choice: ComponentChoice) -> TrainerPlugin[Any]:
+    """A trainer plugin by name; its `attach(trainer)` is to be called between making the trainer and `trainer.train()`.
+
+    Args:
+        choice: A name such as `"riemannion"`, or (name, options).
+
+    Returns:
+        The plugin.
+    """
+    plugin: TrainerPlugin[Any] = Registry().create("trainer", choice)
+    return plugin

@@ -62,3 +62,8 @@ def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
     best = min(last_losses("robust"), key=lambda rate: statistics.mean(last_losses("robust")[rate].values()))
     seeds = [record["held_out"] for record in RECORDS if record["start"] == "robust" and record["rate"] == best]
     assert list(curve.get_ydata()) == pytest.approx([statistics.mean(values) for values in zip(*seeds, strict=True)])
+    taken = statistics.median(
+        record["init_seconds"] for record in RECORDS if record["start"] == "robust" and record["rate"] == best
+    )
+    shown = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert f"LoRA-DA (robust), {taken:.0f} s" in shown and len(shown) == 9

@@ -194,6 +194,26 @@ def test_the_architecture_page_names_every_room() -> None:
     assert all(f"`{family}` and its parts" in page for family in FAMILIES)
 
 
+PUBLIC_MODULES = {"ablation", "data", "errors", "interfaces", "memory", "models", "operators", "testing", "types"}
+"""What docs/stability.md lets a user import beside the names of `lora_da_core` itself."""
+
+
+def test_pages_and_examples_use_what_is_public() -> None:
+    import lora_da_core
+
+    public = PUBLIC_MODULES | set(lora_da_core.__all__)
+    sources = {block.page: block.text for page in PAGES for block in blocks(page, "python")}
+    sources |= {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("examples/**/*.py")}
+    taken = {
+        (name, module or imported.strip())
+        for name, text in sources.items()
+        for module, names in re.findall(r"^ *from lora_da_core(?:\.(\w+))? import \(?([\w, ]+)", text, re.MULTILINE)
+        for imported in names.split(",")
+    }
+    assert len(taken) > 20
+    assert sorted((name, one) for name, one in taken if one and one not in public) == []
+
+
 # The site
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, adapter
+from lora_da_core import LoraDAConfig, OptionError, adapter
 from lora_da_core.probe import LowRankProbe
 
 Watch = Callable[[nn.Module], None]
@@ -47,6 +47,24 @@ def test_one_call_gives_a_better_start_on_an_untouched_base(batches: Batches) ->
             assert not value.requires_grad
         else:
             assert value.requires_grad
+
+
+@pytest.mark.parametrize("preset", ["robust", "pissa", "lora_fa"])
+def test_a_result_becomes_the_adapter_that_one_call_gives(batches: Batches, preset: str) -> None:
+    pipeline = lora_da_core.build_pipeline(preset=preset)
+    at_once = lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, batches, pipeline=pipeline)
+    base = make_tiny_llama()
+    result = pipeline.run(base, batches, LORA)
+    later = lora_da_core.get_lora_da_model(base, LORA, result=result)
+    expected = dict(at_once.named_parameters())
+    for name, value in later.named_parameters():
+        assert torch.equal(value, expected[name]) and value.requires_grad == expected[name].requires_grad, name
+    with pytest.raises(OptionError, match="either batches or result"):
+        lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, batches, result=result)
+    with pytest.raises(OptionError, match="either batches or result"):
+        lora_da_core.get_lora_da_model(make_tiny_llama(), LORA)
+    with pytest.raises(OptionError, match="leave out pipeline"):
+        lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, result=result, pipeline=pipeline)
 
 
 @pytest.mark.parametrize("preset", ["robust", "paper"])
