@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 600
-"""Seconds in which everything that a test starts must have ended, on a machine that is busy with other things."""
-
 ON_GPUS = os.environ.get("LORA_DA_TEST_DEVICE") == "cuda"
 """Whether every process has a GPU of its own, and tensors there travel by NCCL."""
+
+PATIENCE = 100 if ON_GPUS else 600
+"""Seconds in which everything that a test starts must have ended, on a machine that is busy with other things."""
 
 
 def own_device() -> torch.device:

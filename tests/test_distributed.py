@@ -67,7 +67,7 @@ def test_a_rank_that_ends_is_named_by_all(worlds: Worlds, kind: str) -> None:
 
 def test_a_process_that_waits_in_anothers_collective_is_freed_once() -> None:
     store, freed = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False), threading.Semaphore(0)
-    first, second = (RollCall(store.clone(), rank, 2, 2.0, freed.release) for rank in range(2))
+    first, second = (RollCall(store.clone(), rank, 2, 5.0, freed.release) for rank in range(2))
     first.start()
     second.start()
     assert not freed.acquire(timeout=1)

@@ -23,12 +23,12 @@ import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter, agreement, capture, distributed, rounds, storage
 from lora_da_core.distributed import joined
-from process_worlds import ON_GPUS, Worlds, own_device
+from process_worlds import ON_GPUS, PATIENCE, Worlds, own_device
 
 TIMEOUT = 40.0
 """Of the runs here; a rank counts as killed after a tenth."""
-NOTICED = 120
-"""Seconds in which the others must have ended, a fifth of what the process group's own timeout would take."""
+NOTICED = PATIENCE / 2
+"""Seconds in which the others must have ended, half of what the process group's own timeout would take."""
 
 PHASES = {
     "before the sums are added": "statistics",
@@ -214,10 +214,10 @@ def come_late(place: str) -> str:
     late = dist.get_rank() == 1
     try:
         if late and place == "start":
-            time.sleep(3)
-        with joined(2.0) as world:
+            time.sleep(5)
+        with joined(4.0) as world:
             if late and place == "sums":
-                time.sleep(3)
+                time.sleep(5)
             world.exchange("sums", None)
     except lora_da_core.RankError as error:
         return str(error)
@@ -228,7 +228,7 @@ def test_a_rank_that_lives_but_does_not_come_is_named(worlds: Worlds) -> None:
     started = {place: worlds.start(2, come_late, place) for place in ("start", "sums")}
     for place, number in started.items():
         for found in worlds.values(number):
-            assert found.startswith(f"rank 1 of 2 did not reach {place!r} within 2 s")
+            assert found.startswith(f"rank 1 of 2 did not reach {place!r} within 4 s")
 
 
 def out_of_step() -> str:
@@ -275,9 +275,9 @@ def die_between_batches() -> str:
                 die()
             watched = world.watched(None)
             assert watched is not None
-            for done in range(10 * NOTICED):
+            for done in range(10 * PATIENCE):
                 time.sleep(0.1)
-                watched("statistics", done, 10 * NOTICED)
+                watched("statistics", done, 10 * PATIENCE)
     except lora_da_core.RankError as error:
         return str(error)
     return ""
