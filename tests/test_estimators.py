@@ -174,6 +174,31 @@ def test_frequent_directions_are_exact_where_the_size_suffices() -> None:
     assert relative(dense(sketch, tokens.spec), dense(exact, tokens.spec)) < 1e-10
 
 
+def test_directions_that_tie_with_what_is_lost_are_lost_too() -> None:
+    """Two gradients of one energy, at right angles, and room for one: no direction is above what is cut off."""
+    tokens = tokens_of(0)
+    made = FrequentDirections(tokens.spec, 1, device=CPU, dtype=torch.float64)
+    for unit in torch.eye(5, dtype=torch.float64)[:2]:
+        made.update(unit[None], 3.0 * torch.ones(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.long))
+    found = made.statistics()
+    assert float(found["rows"].norm()) < 1e-7 and float(found["shift"]) == pytest.approx(36.0, rel=1e-12)
+
+
+def test_the_second_pass_of_ekfac_leaves_the_inputs_alone() -> None:
+    tokens = tokens_of(0)
+    estimator = make(Ekfac)
+    inputs = estimator.input_accumulator(tokens.spec, device=CPU, dtype=torch.float64)
+    inputs.update(tokens.x, None, tokens.example)
+    (moment,) = inputs.statistics().values()
+    merged = FisherStatistics(tokens.spec, inputs.statistics(), {}, samples=tokens.samples, tokens=len(tokens.x))
+    basis = torch.linalg.eigh(moment.clone()).eigenvectors
+    inputs.end_pass(0, merged)
+    for _ in range(2):
+        (found,) = inputs.statistics().values()
+        torch.testing.assert_close((found.mT @ basis).abs(), torch.eye(5, dtype=torch.float64))
+        inputs.update(tokens.x, None, tokens.example)
+
+
 def test_compensation_halves_the_worst_error() -> None:
     tokens = tokens_of(0)
     exact = dense(fisher_of(make(Empirical), tokens, damping=0.01), tokens.spec)

@@ -20,6 +20,7 @@ from lora_da_core.omega import (
     WeightStep,
     activation_scale,
     balanced_factors,
+    embedding_scale,
     evenly_divided_factors,
     fixed_factors,
     forms_step,
@@ -291,3 +292,13 @@ def test_a_step_is_stored_up_to_its_devices_number_of_elements(device: str, side
     place = torch.device(device)
     assert forms_step(side, side, place) and forms_step(side // 2, 2 * side, place)
     assert not forms_step(side, side + 1, place) and not forms_step(2 * side, side // 2 + 1, place)
+
+
+def test_an_embeddings_b_is_as_large_as_a_standard_normal_one() -> None:
+    draw = torch.Generator().manual_seed(0)
+    right = torch.linalg.qr(torch.randn(5, 3, generator=draw, dtype=torch.float64)).Q
+    step = WeightStep(4.0 * torch.randn(7, 3, generator=draw, dtype=torch.float64), right)
+    pair = balanced_factors(step, 2.0, embedding_scale(step, 2.0), torch.float64)
+    assert float(pair.B.square().sum()) == pytest.approx(7 * 3, rel=1e-12)
+    torch.testing.assert_close(2.0 * pair.B @ pair.A, step.left @ right.mT)
+    assert embedding_scale(WeightStep(torch.zeros(7, 3), right.float()), 2.0) == DEFAULT_A_SCALE
