@@ -23,6 +23,7 @@ from lora_da_core.operators import (
     SymmetricOperator,
     accumulation_dtype,
     add_product,
+    rows_product,
 )
 from lora_da_estimators._maps import converted
 from lora_da_estimators._samples import by_sample
@@ -208,6 +209,17 @@ def test_products_are_added_in_the_totals_dtype(total_dtype: torch.dtype, rows_d
     add_product(after, left, right)
     assert after.dtype == total_dtype
     torch.testing.assert_close(after, before + left.to(total_dtype).mT @ right.to(total_dtype))
+
+
+@pytest.mark.parametrize("rows_dtype", [torch.bfloat16, *DTYPES])
+def test_a_product_with_one_hot_rows_needs_their_places_alone(rows_dtype: torch.dtype) -> None:
+    places = torch.tensor([1, 4, 1, 0])
+    rows = torch.nn.functional.one_hot(places, 5).double()
+    left, before = draw(4, 3, dtype=rows_dtype), draw(3, 5, seed=1)
+    after = before.clone()
+    add_product(after, left, places)
+    torch.testing.assert_close(after, before + left.double().mT @ rows)
+    torch.testing.assert_close(rows_product(places, after.mT), rows @ after.mT)
 
 
 @pytest.mark.parametrize("number", range(3))

@@ -275,6 +275,27 @@ def test_impossible_rank_is_refused(name: str, rank: int) -> None:
         solve(name, SPECTRA["zero"].build(torch.float64), rank)
 
 
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (arpack.ArpackOptions, {"max_restarts": 1}),
+        (davidson.DavidsonOptions, {"max_applies": 1}),
+        (lanczos.LanczosOptions, {"max_applies": 1, "block_size": 1}),
+        (lobpcg.LOBPCGOptions, {"iterations": 1}),
+        (randomized_svd.RandomizedSVDOptions, {"oversampling": 1, "depth": 1, "max_applies": 1}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_options_are_taken_up_to_their_bounds_and_no_further(options: Any, least: dict[str, int]) -> None:
+    assert options(tolerance=1e-300, **least) and options(tolerance=0.999)
+    for tolerance in (0.0, 1.0, -0.5, float("nan")):
+        with pytest.raises(ValueError, match="give a number between 0 and 1"):
+            options(tolerance=tolerance)
+    for name in least:
+        with pytest.raises(ValueError, match=f"{name} is 0; give a whole number of at least 1"):
+            options(**{name: 0})
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("size", [6, 80])
