@@ -8,9 +8,10 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+# make compatibility: the table of docs/compatibility.md, from the results of the tests that it names (ONLY=test_sharded runs some again).
 # make peft-suite: PEFT's own tests of LoRA from our start; fetches PEFT's sources and diffusers into build/peft.
 # make servers: other programs read our adapters; fetches them (vLLM has half a gigabyte) into build/servers.
-.PHONY: run test check nightly peft-suite servers mutation audit format clean
+.PHONY: run test check nightly compatibility peft-suite servers mutation audit format clean
 
 run: .venv/installed
 	$(BIN)/lora-da init --model "$$($(BIN)/python examples/demo_model.py)" \
@@ -31,6 +32,9 @@ nightly: .venv/installed
 		--hypothesis-profile=nightly --hypothesis-show-statistics -p no:logging
 	$(BIN)/python -m pytest -m nightly
 
+compatibility: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -c "import sys, compatibility_table as it; sys.exit(it.main(sys.argv[1:]))" $(ONLY)
+
 peft-suite: .venv/installed
 	rm -rf build/peft
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build/peft \
@@ -47,6 +51,7 @@ servers: .venv/installed
 	$(BIN)/python -m pip download --quiet --no-deps --dest build/servers axolotl==0.19.0 llamafactory==0.9.5 vllm==0.33.0
 	$(BIN)/python -m pip install --quiet --no-deps --target build/servers/parsers omegaconf antlr4-python3-runtime==4.9.*
 	$(BIN)/python -m pip install --quiet --no-deps --target build/servers/swift $(SWIFT)
+	$(BIN)/python -m pip install --quiet --no-deps --target build/servers/unsloth unsloth==2026.10.9 unsloth_zoo==2026.10.9
 	PYTHONPATH=$(CURDIR)/build/servers/parsers LORA_DA_SERVER_WHEELS=$(CURDIR)/build/servers \
 		$(BIN)/python -m pytest tests/test_server_parsers.py
 

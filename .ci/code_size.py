@@ -17,7 +17,7 @@ PARTS = {
     "testing": "conformance kit",
     "cli progress": "command line",
     "memory allocations live_bytes budget": "plan",
-    "distributed roll_call shares merging agreement custody placement": "several processes, weights that are elsewhere",
+    "distributed world roll_call shares merging agreement custody placement sums_storage": "processes, offloading",
     "adapter": "PEFT",
     "cache storage sources data_files repeatability": "files",
     "data models templates report spectra summaries display": "data, models, tables",

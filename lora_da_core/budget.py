@@ -17,7 +17,7 @@ from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Job
 from lora_da_core.memory import Plan, estimate_memory
 from lora_da_core.memory_workload import Workload, size_text
-from lora_da_core.placement import largest_module_bytes, resident_bytes
+from lora_da_core.placement import is_partitioned, largest_module_bytes, resident_bytes
 from lora_da_core.sums_storage import storage_at
 from lora_da_core.types import Batch, StatisticsDevice
 from lora_da_core.world import World
@@ -73,7 +73,10 @@ def plan_within(
 
     Raises:
         OptionError: Not even the layers of one input per pass keep within the limit; the message says what would do.
+            Or ZeRO-3 shards the model.
     """
+    if is_partitioned(job.task.model):
+        raise OptionError("max_memory cannot plan for a model that DeepSpeed's ZeRO-3 shards; give layers_per_pass.")
     plan = estimate_memory(
         model,
         peft_config,

@@ -244,8 +244,9 @@ def _check_places(options: InitOptions) -> None:
             storage.settle_leftovers(options.output)
         else:
             storage.check_output(options.output, overwrite=options.overwrite)
-        if options.cache_dir is not None:
-            storage.check_writable(options.cache_dir)
+        for directory in (options.cache_dir, options.offload_dir):
+            if directory is not None:
+                storage.check_writable(directory)
     except StorageError as error:
         raise OptionError(str(error)) from error
 

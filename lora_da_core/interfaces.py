@@ -53,7 +53,11 @@ class Component(ABC, Generic[OptionsT]):
 
 
 class Accumulator(ABC):
-    """Running sums over tokens. Sums merge by addition, or by `merge` where the estimator is not additive."""
+    """Running sums over tokens. Sums merge by addition, or by `merge` where the estimator is not additive.
+
+    Between calls its tensors may be moved away and come back as others of the same values: attributes, and what is in
+    lists, tuples and dicts among them. What other objects hold stays, and must not share memory with those.
+    """
 
     @abstractmethod
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:

@@ -146,11 +146,11 @@ def _passes(
     most, groups, phases = layers.pipeline.config.layers_per_pass, layers.groups_at(place), layers.phases_at(place)
     if limit is None and most != "auto" and most < len(layers.specs):
         parts = divided(groups, most)
-        return _whole(layers, parts), layers.divisible(phases, groups).rows(parts)
+        return _whole(layers, parts), layers.divisible_phases_at(place).rows(parts)
     rows = phases.rows([groups])
     if _within(max(by_phase(rows).values()), limit):
         return [layers.groups], rows
-    phases, total = layers.divisible(phases, groups), len(layers.specs)
+    phases, total = layers.divisible_phases_at(place), len(layers.specs)
     for count in range(2, len(groups) + 1):
         parts = divided(groups, math.ceil(total / count))
         rows = phases.rows(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -109,23 +110,28 @@ class PlannedLayers:
         Returns:
             Their bytes on the device.
         """
-        if place == "device":
-            return self._on_device
-        return self._phases({layer.spec.name: layer for group in self.groups_at(place) for layer in group})
+        return self._raised(self._on_device, place)
 
-    def divisible(self, phases: Phases, groups: Sequence[Group]) -> Phases:
-        """The phases of runs in several passes.
+    def divisible_phases_at(self, place: StatisticsDevice) -> Phases:
+        """The phases of runs in several passes, likewise."""
+        return self._raised(self._divisible, place)
 
-        Args:
-            phases: Those of runs in one pass.
-            groups: From `groups_at`.
-
-        Returns:
-            Their bytes on the device.
-        """
-        first = groups[0][0]
+    @functools.cached_property
+    def _divisible(self) -> Phases:
+        first = self.groups[0][0]
         tapped = {first.spec.name: first.workspace.update}
-        return replace(phases, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+        return replace(self._on_device, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+
+    def _raised(self, phases: Phases, place: StatisticsDevice) -> Phases:
+        """With the sums that come for an update: they are taken to come while a batch takes most."""
+        pairs = zip(self.groups, self.groups_at(place), strict=True)
+        coming = max(b.workspace.update - a.workspace.update for pair in pairs for a, b in zip(*pair, strict=True))
+        one = phases.one_tapped
+        return replace(
+            phases,
+            all_tapped=replace(phases.all_tapped, peak=phases.all_tapped.peak + coming),
+            one_tapped=None if one is None else replace(one, peak=one.peak + coming),
+        )
 
     @property
     def _backward(self) -> bool:

@@ -177,9 +177,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 def has_sharded_parts(model: nn.Module) -> bool:
     """Whether processes must run the model together, since each holds a part of its weights."""
-    return any(is_sharded(module) for module in model.modules()) or any(
-        hasattr(parameter, "ds_id") for parameter in model.parameters()
-    )
+    return any(is_sharded(module) for module in model.modules()) or is_partitioned(model)
 
 
 def _unsharded_class(module: nn.Module) -> type[nn.Module]:
@@ -287,13 +285,15 @@ def resident_bytes(model: nn.Module) -> int:
         model: The model; where all of it is on meta, it is taken to be loaded whole.
 
     Returns:
-        What stays there, and what is brought in at most: the weights of one offloaded module.
+        What stays there, and what is brought in at most: the weights of one offloaded module; of a model that FSDP2
+        shards, those of the root and of two other modules, since the next one is gathered ahead.
     """
     brought = [_own_bytes(module) for module in model.modules() if offload_hook(module) is not None]
     kept = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    if not brought:
-        return sum(tensor.nbytes for tensor in kept.values())
-    return sum(tensor.nbytes for tensor in kept.values() if not tensor.is_meta) + max(brought)
+    if brought:
+        return sum(tensor.nbytes for tensor in kept.values() if not tensor.is_meta) + max(brought)
+    gathered = [_gathered_bytes(module) for module in model.modules() if is_sharded(module)]
+    return sum(map(_part_bytes, kept.values())) + sum(gathered[:1]) + sum(sorted(gathered[1:])[-2:])
 
 
 def offloaded_bytes(model: nn.Module) -> int:
@@ -304,6 +304,23 @@ def offloaded_bytes(model: nn.Module) -> int:
 def largest_module_bytes(model: nn.Module) -> int:
     """Bytes of the weights of one module at most: what an offloaded model brings in at a time."""
     return max((_own_bytes(module) for module in model.modules()), default=0)
+
+
+def _part_bytes(tensor: Tensor) -> int:
+    """Bytes of the part of a tensor that one process holds, the same on all: some hold less."""
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    return tensor.nbytes if mesh is None else -(-tensor.nbytes // mesh.size())
+
+
+def _gathered_bytes(module: nn.Module) -> int:
+    """Bytes that are gathered while a sharded module runs: what its sharded parts gather by themselves not counted."""
+    within = (_gathered_bytes(part) if not is_sharded(part) else 0 for part in module.children())
+    return sum(parameter.nbytes for parameter in module.parameters(recurse=False)) + sum(within)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps the weights, whose sizes only it knows."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _own_bytes(module: nn.Module) -> int:

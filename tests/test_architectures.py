@@ -15,6 +15,7 @@ import lora_da_core
 from lora_da_core import adapter
 from tiny_models import (
     CAUSAL,
+    bart,
     bert,
     causal,
     classes,
@@ -91,6 +92,13 @@ CASES = {
         "seq2seq",
         "SEQ_2_SEQ_LM",
         frozenset({"q", "k", "v", "o", "wi", "wo"}),
+    ),
+    "Bart": Case(
+        bart,
+        lambda: {**texts(), "labels": targets()},
+        "seq2seq",
+        "SEQ_2_SEQ_LM",
+        ATTENTION | {"out_proj", "fc1", "fc2"},
     ),
     "ResNet": Case(
         resnet,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, scaling, solvers
+from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, scaling, solvers, statistics_device
 
 GRID = """
 [run]
@@ -247,3 +247,12 @@ def test_passages_are_whole_paragraphs_long_enough() -> None:
     assert list(forgetting.passages({"b": "x" * 900 + "\n\nrest", "a": "y" * 500 + "\n\n" + "z" * 500})) == [
         "y" * 500 + "\n\n" + "z" * 500, "x" * 900,
     ]  # fmt: skip
+
+
+def test_places_of_sums_are_compared(figures: Any) -> None:
+    shape = ("--layers", "1", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    found = figures(
+        statistics_device, *shape, "--samples", "4", "--length", "16", "--batch", "2", "--max-memory", "1GiB"
+    )
+    assert [row["planned_place"] for row in found["rows"]] == ["device", "device", "disk", "device"]
+    assert all(row["same_bits"] for row in found["rows"]) and found["rows"][2]["offloaded"] > 0

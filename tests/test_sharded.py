@@ -21,6 +21,7 @@ import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter
 from lora_da_core.errors import OptionError
+from lora_da_core.placement import resident_bytes
 from process_worlds import Worlds
 
 LAYERS = 3
@@ -39,11 +40,17 @@ CASES: dict[str, dict[str, Any]] = {
         "estimator": ("kfac", {"output": "identity"}),
         "gradient": ("zeroth_order", {"steps": 2, "probes": 1}),
     },
+    "sums on disk": {"config": LoraDAConfig(gamma=64.0, damping=1.0, statistics_device="disk")},
+    "sums of two passes, on disk": {
+        "estimator": "ekfac",
+        "config": LoraDAConfig(gamma=64.0, damping=1.0, statistics_device="disk"),
+    },
     "layers in two passes": {"config": LoraDAConfig(gamma=64.0, damping=1.0, layers_per_pass=11)},
     "automatic scale": {"config": LoraDAConfig(samples=9)},
     "fewer samples than processes": {"samples": 3},
 }
 ON_FOUR = ["kfac", "kfac, weights in host memory", "ekfac", "fewer samples than processes"]
+LIMIT = "600kB"
 FACTORS = 1e-6
 """How far B·A may lie from one process's, all sums in float64."""
 
@@ -192,8 +199,21 @@ def outcomes(names: list[str]) -> dict[str, Any]:
     return {**found, "held": {name: held(build({"estimator": name})) for name in ("kfac", "ekfac")}}
 
 
+def limited() -> dict[str, Any]:
+    """Runs within limits: one in several passes, and one that is refused."""
+    pipeline, batches, runs = build({}), make_batches(make_samples(14), 1), {}  # no smaller batches to weigh
+    runs["weights"] = resident_bytes(sharded(whole_model()))
+    for name, limit in {"tight": LIMIT, "none": 10**4}.items():
+        try:
+            result = pipeline.run(sharded(whole_model()), batches, lora(), max_memory=limit)
+            runs[name] = {**described(result), "notes": result.report.notes}
+        except OptionError as error:
+            runs[name] = str(error)
+    return runs
+
+
 def everything(names: list[str]) -> dict[str, Any]:
-    return {**outcomes(names), "adapters": adapters(), "bfloat16": in_bfloat16()}
+    return {**outcomes(names), "adapters": adapters(), "bfloat16": in_bfloat16(), "limited": limited()}
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +295,22 @@ def test_what_a_sharded_model_cannot_do_is_refused(found: Any) -> None:
     for each in (every["adapters"] for every in found[2]):
         for text, part in zip(each["refused"], ["cache_dir", "Fishers", "offset='base'"], strict=True):
             assert part in text
+
+
+def test_a_sharded_model_keeps_within_a_limit(found: Any, expected: Any) -> None:
+    of_ranks = [each["limited"] for each in found[2]]
+    model = whole_model()
+    weights, block = (sum(p.nbytes for p in part.parameters()) for part in (model, model.model.layers[0]))
+    # A half of all, the root's own, and two blocks.
+    resident = weights / 2 + (weights - LAYERS * block) + 2 * block
+    for each in of_ranks:
+        assert each["weights"] == pytest.approx(resident, rel=0.02)
+        assert each["tight"]["bytes"] == of_ranks[0]["tight"]["bytes"]
+        for layer, product in expected["kfac"]["products"].items():
+            assert difference(each["tight"]["products"][layer], product) < FACTORS, layer
+        (note,) = [note for note in each["tight"]["notes"] if note.startswith("planned for a limit")]
+        assert " 1 passes over the data" not in note
+        assert "the smallest that works" in each["none"]
 
 
 def test_weights_that_are_gathered_in_bfloat16_give_nearly_the_same(found: Any) -> None:
