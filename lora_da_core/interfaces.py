@@ -262,6 +262,11 @@ class Solver(Component[OptionsT]):
 class Objective(Component[OptionsT]):
     """The loss that is differentiated, sample by sample."""
 
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether a sample is a pair of texts, chosen and rejected, as `preference_batches` lays them out."""
+        return False
+
     masks_by_layer: ClassVar[bool] = True
     """Whether `token_mask` may differ between layers that see equally many tokens; if not, it is asked once for all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ settings.register_profile("nightly", deadline=None)
 settings.register_profile(
     "mutation", deadline=None, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made, half a million objects, stays; each trainer collects garbage and walked it."""
+    gc.freeze()
+
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "oracle"
 

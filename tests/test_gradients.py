@@ -415,7 +415,7 @@ def angles(targets: list[str], **options: Any) -> list[float]:
 
 @pytest.mark.parametrize("target", ["v_proj", "down_proj"])
 def test_the_subspace_approaches_the_full_gradient_s(target: str) -> None:
-    few, more, many = (angles([target], steps=steps)[0] for steps in (16, 128, 1024))
+    few, more, many = (angles([target], steps=steps)[0] for steps in (16, 128, 512))
     assert many < more < few
     assert many < 0.25
 

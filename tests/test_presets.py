@@ -233,6 +233,29 @@ def test_lora_fa_trains_b_alone_from_robust_s_start() -> None:
     assert {name for name in changed if "lora_" in name} == changed == {n for n in before if ".lora_B." in n}
 
 
+def test_peft_s_own_lora_fa_optimizer_trains_the_same_factors_from_our_a() -> None:
+    from peft.optimizers import create_lorafa_optimizer
+
+    batches = data()
+    built = [
+        lora_da_core.get_lora_da_model(make_tiny_llama(), config(), batches, pipeline=pipeline(preset))
+        for preset in ("lora_fa", "robust")
+    ]
+    ours, theirs = built
+    before = {name: value.clone() for name, value in theirs.state_dict().items()}
+    optimizer = create_lorafa_optimizer(theirs, r=RANK, lora_alpha=ALPHA, lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = theirs(**batches[0]).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in theirs.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+
+
 # Offsets
 
 

@@ -200,7 +200,7 @@ class GroupRun:
 
     def _estimated(self, cells: list[Cell]) -> tuple[Estimates, PeakMemory]:
         cell, space = cells[0], self.workspace
-        draw = space.draw(cell.samples, cell.seed)
+        draw = space.draw(cell.samples, cell.seed, cell.objective)
         # The smallest rank: too few tokens for a larger one is that cell's failure alone.
         lora = space.lora(min(each.rank for each in cells))
         pipeline = pipeline_of(space.registry, cell)
@@ -254,7 +254,7 @@ class GroupRun:
             "remedied": sum(bool(layer.remedies) for layer in layers),
             "base_loss": result.report.loss,
             "digest": hashlib.sha256(digests.encode()).hexdigest(),
-            "notes": [*space.draw(cell.samples, cell.seed).notes, *result.report.notes],
+            "notes": [*space.draw(cell.samples, cell.seed, cell.objective).notes, *result.report.notes],
         }
         record |= self._fidelity(cell, {name: pair.A for name, pair in result.factors.items()}, shared.estimates)
         return Start(cell.start_key(), result, record)
@@ -319,7 +319,7 @@ class GroupRun:
         return {**asdict(found), "fidelity_seconds": time.perf_counter() - start}
 
     def _reference_of(self, cell: Cell, estimates: Estimates | None) -> tuple[Reference | None, str | None]:
-        key = (cell.samples, cell.seed, cell.config.token_mask)
+        key = (cell.samples, cell.seed, cell.config.token_mask, cell.objective)
         if self._reference[0] != key:
             self._reference = (None, None, None)
             try:
@@ -332,7 +332,7 @@ class GroupRun:
         from lora_da_core import adapter
 
         space = self.workspace
-        draw, lora = space.draw(cell.samples, cell.seed), space.lora(1)
+        draw, lora = space.draw(cell.samples, cell.seed, cell.objective), space.lora(1)
         specs = adapter.resolve_targets(space.model, lora).specs
         name = reference_name(
             space.registry,
@@ -342,7 +342,7 @@ class GroupRun:
             tokens=draw.tokens,
             device=space.device,
         )
-        pipeline = reference_pipeline(space.registry, name, cell.config)
+        pipeline = reference_pipeline(space.registry, name, cell.config, cell.objective)
         if estimates is not None and _same_estimators(estimates, pipeline.components):
             return Reference(name, pipeline, estimates)
         return Reference(name, pipeline, pipeline.estimate(space.model, draw.batches, lora))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from lora_da_core.ablation.axes import AUTOMATIC, CHOICES, COMPONENTS, CONFIG_AXES, NOTHING, TRAINING
+from lora_da_core.ablation.axes import CHOICES, COMPONENTS, CONFIG_AXES, NOTHING, TRAINING, USUAL
 from lora_da_core.ablation.results import DONE, Record
 from lora_da_core.config import NO_ALLOCATOR
 from lora_da_core.display import number
@@ -340,7 +340,7 @@ class _Wording:
 def _part(record: Record, kind: str) -> str:
     """A component's name; records of before there was its kind have none."""
     value = record.get(kind)
-    return str(AUTOMATIC.get(kind) if value is None else value)
+    return str(USUAL.get(kind) if value is None else value)
 
 
 def _varied(records: Sequence[Record]) -> set[str]:

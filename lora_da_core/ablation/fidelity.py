@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from lora_da_core.ablation.axes import CAUSAL_LM, Choice
 from lora_da_core.ablation.grid_cell import omega_key
 from lora_da_core.ablation.memory import available_bytes
 from lora_da_core.components import Components
@@ -177,13 +178,16 @@ def reference_name(
     )
 
 
-def reference_pipeline(registry: Registry, name: str, config: LoraDAConfig) -> Pipeline:
+def reference_pipeline(
+    registry: Registry, name: str, config: LoraDAConfig, objective: Choice | None = None
+) -> Pipeline:
     """A pipeline with the reference's estimator and the exact gradient of the default preset.
 
     Args:
         registry: The installed plugins.
         name: The estimator.
         config: Token mask and seed are read.
+        objective: What is differentiated; None is the language model's own loss.
 
     Returns:
         The pipeline.
@@ -192,7 +196,7 @@ def reference_pipeline(registry: Registry, name: str, config: LoraDAConfig) -> P
     parts = Components(
         estimator=registry.create("estimator", name),
         gradient=registry.create("gradient", preset.gradient),
-        objective=registry.create("objective", "causal_lm"),
+        objective=registry.create("objective", objective or CAUSAL_LM),
         solver=None,
     )
     return Pipeline(registry, parts, replace(config, samples=None))

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.ablation.pairs import pair_batch
 from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.batches import to_device
-from lora_da_core.data import IGNORED, Sample, batches
+from lora_da_core.data import IGNORED, batches
+from lora_da_core.interfaces import Objective
 from lora_da_core.types import Batch
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Curve:
     Attributes:
         learning_rate: The peak rate.
         steps: Steps at which the held-out loss was taken.
-        losses: Held-out loss there, in nats per label token; NaN once training has diverged.
+        losses: Held-out loss there, in nats per label token, or per pair; NaN once training has diverged.
         train_losses: Training loss of the step that follows (at the last: of the last step).
         seconds: Wall time, evaluation included.
         source_losses: Loss on the source's held-out rows at `steps`; empty where the grid names no source.
@@ -49,15 +51,25 @@ class Curve:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a fine-tune reads: encoded training samples in the seed's order, held-out batches, and the source's."""
+    """What a fine-tune reads, and by what it is judged.
 
-    samples: Sequence[Sample]
+    Attributes:
+        samples: Encoded training samples in the seed's order: `Sample`s, or `Pair`s for an objective of pairs.
+        held_out: Batches that the loss is taken on.
+        pad_token_id: What fills texts up.
+        seed: Of the order.
+        source: Batches of the source; empty without one.
+        objective: What is trained, of pairs; None is the language model's own loss.
+    """
+
+    samples: Sequence[Any]
     held_out: Sequence[Batch]
     pad_token_id: int
     seed: int
     source: Sequence[Batch] = ()
+    objective: Objective[Any] | None = None
 
-    def draws(self, steps: int, batch_size: int) -> Iterator[list[Sample]]:
+    def draws(self, steps: int, batch_size: int) -> Iterator[list[Any]]:
         """The samples of each step: in their order, reshuffled by the seed for every further round.
 
         Args:
@@ -68,7 +80,7 @@ class TrainingData:
             The samples; the same for the same seed, whatever is trained.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        waiting: list[Sample] = []
+        waiting: list[Any] = []
         order = list(range(len(self.samples)))
         for _ in range(steps):
             while len(waiting) < batch_size:
@@ -88,7 +100,10 @@ class TrainingData:
             The batches.
         """
         for chosen in self.draws(steps, batch_size):
-            yield batches(chosen, pad_token_id=self.pad_token_id, batch_size=batch_size)[0]
+            if self.objective is None:
+                yield batches(chosen, pad_token_id=self.pad_token_id, batch_size=batch_size)[0]
+            else:
+                yield pair_batch(chosen, self.pad_token_id)
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -176,13 +191,14 @@ def finetune(
     device = next(model.parameters()).device
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
-    recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows))
+    recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows, data.objective))
     recorder.begin()
     with seeded(data.seed, device):
         for step, batch in enumerate(data.batches(settings.steps, settings.batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * rate_factor(step, settings.steps)
-            recorder.step(step, _step(model, to_device(batch, device), optimizer, settings.max_grad_norm, penalty))
+            loss = training_loss(model.train(), to_device(batch, device), data.objective)
+            recorder.step(step, _step(loss, optimizer, settings.max_grad_norm, penalty))
     model.eval()
     return curve_of(recorder, settings, learning_rate, time.perf_counter() - start)
 
@@ -203,12 +219,13 @@ def curve_of(recorder: Recorder[float], settings: FinetuneSettings, learning_rat
     return Curve(learning_rate, settings.eval_steps, held_out, trained, seconds, source)
 
 
-def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
-    """Mean loss over all label tokens, in nats.
+def held_out_loss(model: nn.Module, held_out: Sequence[Batch], objective: Objective[Any] | None = None) -> float:
+    """Mean loss over all label tokens, in nats; of an objective of pairs over all pairs.
 
     Args:
         model: A causal language model; it is left in evaluation mode.
         held_out: The batches.
+        objective: Of pairs; None is the language model's own loss.
 
     Returns:
         The loss.
@@ -218,6 +235,10 @@ def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
     with torch.no_grad():
         for batch in held_out:
             placed = to_device(batch, device)
+            if objective is not None:
+                losses = objective.losses(model, placed)
+                total, count = total + float(losses.double().sum()), count + len(losses)
+                continue
             labels = placed["labels"][:, 1:]
             logits: Tensor = model(input_ids=placed["input_ids"], attention_mask=placed["attention_mask"]).logits
             total += float(
@@ -229,15 +250,22 @@ def held_out_loss(model: nn.Module, held_out: Sequence[Batch]) -> float:
     return total / count
 
 
-def _step(
-    model: nn.Module,
-    batch: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    max_norm: float,
-    penalty: Penalty | None,
-) -> float:
-    model.train()
-    loss: Tensor = model(**batch).loss
+def training_loss(model: nn.Module, batch: Batch, objective: Objective[Any] | None) -> Tensor:
+    """The loss of one step.
+
+    Args:
+        model: What is trained, in training mode.
+        batch: On its device.
+        objective: Of pairs; None is the language model's own loss.
+
+    Returns:
+        The mean, with its graph.
+    """
+    loss: Tensor = model(**batch).loss if objective is None else objective.losses(model, batch).mean()
+    return loss
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float, penalty: Penalty | None) -> float:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)

@@ -11,7 +11,7 @@ from typing import Any, Final
 from lora_da_core.ablation.axes import ABSENT
 from lora_da_core.ablation.grid_cell import Cell, canonical, omega_key
 from lora_da_core.ablation.grid_table import Expansion
-from lora_da_core.ablation.run_table import known, run_settings
+from lora_da_core.ablation.run_table import known, run_settings, with_objective
 from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.errors import OptionError
 from lora_da_core.registry import Registry
@@ -114,8 +114,8 @@ def make_grid(content: Mapping[str, Any], *, registry: Registry | None = None, w
     tables = [tables] if isinstance(tables, Mapping) else tables
     if not isinstance(content.get("run"), Mapping) or not isinstance(tables, list) or not tables:
         raise OptionError(f"{where}: a grid needs a [run] and a [grid] table (or several [[grid]]).")
-    run = run_settings(f"{where} [run]", content["run"])
     plugins = registry or Registry()
+    run = with_objective(f"{where} [run]", plugins, run_settings(f"{where} [run]", content["run"]))
     _check_reference(f"{where} [run]", plugins, run.reference)
     cells: dict[str, Cell] = {}
     for table in tables:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
-from lora_da_core.ablation.axes import AUTOMATIC, CHOICES, CONFIG_AXES, NOTHING, TRAINING, Choice
+from lora_da_core.ablation.axes import AUTOMATIC, CAUSAL_LM, CHOICES, CONFIG_AXES, NOTHING, TRAINING, Choice
 from lora_da_core.components import Components
 from lora_da_core.config import NO_ALLOCATOR, LoraDAConfig
 from lora_da_core.pipeline import DEFAULT_PRESET, Pipeline
 from lora_da_core.registry import Registry
-
-_OBJECTIVE: Final = "causal_lm"
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Cell:
         gradient: Gradient estimator; None for a baseline.
         solver: Solver, `("auto", {})` chooses per layer; None for a baseline.
         allocator: Rank allocator, `("none", {})` keeps `rank` everywhere; None for a baseline.
+        objective: What is differentiated; None for a baseline.
         regularizer: Penalty of the fine-tune, `("none", {})` for none.
         source_fisher: Fisher estimator that the penalty is given, on the source's data; `("none", {})` without one.
         trainer: Trainer plugin of the fine-tune, `("none", {})` for AdamW.
@@ -44,6 +43,7 @@ class Cell:
     gradient: Choice | None = None
     solver: Choice | None = None
     allocator: Choice | None = None
+    objective: Choice | None = None
     regularizer: Choice = (NOTHING, {})
     source_fisher: Choice = (NOTHING, {})
     trainer: Choice = (NOTHING, {})
@@ -83,7 +83,8 @@ class Cell:
     def group_key(self) -> str:
         """Cells with equal keys share their statistics."""
         data = [self.seed, self.samples, self.config.token_mask, self.config.rounds]
-        return canonical([*data, "baselines"] if self.baseline else [*data, self.estimator, self.gradient])
+        parts = [self.estimator, self.gradient, *([self.objective] if self.objective != (CAUSAL_LM, {}) else [])]
+        return canonical([*data, "baselines"] if self.baseline else [*data, *parts])
 
 
 def omega_key(config: LoraDAConfig) -> str:
@@ -102,11 +103,11 @@ def pipeline_of(registry: Registry, cell: Cell) -> Pipeline:
     Returns:
         The pipeline.
     """
-    assert cell.estimator and cell.gradient and cell.solver and cell.allocator
+    assert cell.estimator and cell.gradient and cell.solver and cell.allocator and cell.objective
     parts = Components(
         estimator=registry.create("estimator", cell.estimator),
         gradient=registry.create("gradient", cell.gradient),
-        objective=registry.create("objective", _OBJECTIVE),
+        objective=registry.create("objective", cell.objective),
         solver=None if cell.solver[0] == AUTOMATIC["solver"] else registry.create("solver", cell.solver),
         allocator=None if cell.allocator[0] == NO_ALLOCATOR else registry.create("allocator", cell.allocator),
     )

@@ -6,20 +6,21 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from lora_da_core.ablation.axes import (
     AUTOMATIC,
     AXES,
     BASELINES,
+    CAUSAL_LM,
     COMPONENTS,
     CONFIG_AXES,
     NEEDED_MODULES,
     NOTHING,
     TRAINING,
     Choice,
-    kind_of,
+    choice_of,
 )
 from lora_da_core.ablation.grid_cell import Cell, canonical, pipeline_of
 from lora_da_core.ablation.run_table import hint, known
@@ -132,9 +133,10 @@ class Expansion:
         config = replace(config, gamma=gamma, scale=config.rule)
         samples = chosen.get("samples", self.run.samples)
         self._try(lambda: whole("samples", samples, 1))
-        parts = {kind: self._choice(kind, chosen.get(kind, getattr(preset, kind))) for kind in COMPONENTS}
-        estimator, gradient, solver, allocator = (parts[kind] for kind in COMPONENTS)
-        cell = Cell(rank, seed, samples, config, estimator, gradient, solver, allocator, preset=name)
+        usual = {"objective": self.run.objective or CAUSAL_LM}
+        parts = {k: self._choice(k, chosen.get(k, usual.get(k) or getattr(preset, k, None))) for k in COMPONENTS}
+        estimator, gradient, solver, allocator, objective = (parts[kind] for kind in COMPONENTS)
+        cell = Cell(rank, seed, samples, config, estimator, gradient, solver, allocator, objective, preset=name)
         together = canonical(parts)
         if together not in self._checked:
             self._try(lambda: pipeline_of(self.registry, cell).components.check())
@@ -144,22 +146,8 @@ class Expansion:
     def _choice(self, kind: str, value: Any) -> Choice:
         key = canonical([kind, value])
         if key not in self._choices:
-            self._choices[key] = self._try(lambda: self._resolved(kind, value))
+            self._choices[key] = self._try(lambda: choice_of(self.registry, kind, value))
         return self._choices[key]
-
-    def _resolved(self, kind: str, value: Any) -> Choice:
-        if isinstance(value, Mapping):
-            options = dict(value)
-            name = options.pop("name", None)
-        else:
-            name, options = value if isinstance(value, tuple) else (value, {})
-        if not isinstance(name, str):
-            raise OptionError(f'{kind} {value!r} has no name; write {{name = "…", option = …}}.')
-        if name == AUTOMATIC.get(kind):
-            if options:
-                raise OptionError(f"{kind} {name!r} takes no options.")
-            return name, {}
-        return name, asdict(self.registry.create(kind_of(kind), (name, options)).options)
 
     def _try(self, work: Any) -> Any:
         try:

@@ -58,7 +58,7 @@ def loss_pictures(entries: Sequence[AtBest], measured: str) -> list[Picture]:
 
     Args:
         entries: Its configurations, the best first; at least one.
-        measured: What the losses are, `held-out loss` for instance.
+        measured: What the losses are, `held-out loss [nats per label token]` for instance.
 
     Returns:
         Losses and differences by step, final losses by learning rate, losses by compute; what would be empty is
@@ -102,7 +102,7 @@ def _losses(axes: Axes, lines: Sequence[Line], measured: str) -> None:
     for line in lines:
         _band(axes, line, line.entry.losses)
     _whole_steps(axes)
-    axes.set(xlabel="step", ylabel=f"{measured} [nats per token]")
+    axes.set(xlabel="step", ylabel=f"{measured}")
 
 
 def _compute(axes: Axes, lines: Sequence[Line], measured: str) -> None:
@@ -112,7 +112,7 @@ def _compute(axes: Axes, lines: Sequence[Line], measured: str) -> None:
         bands += [(step + line.entry.start_cost, band) for step, band in line.entry.losses.items()]
     last = max(place for place, _ in bands)
     _frame(axes, [(place, band) for place, band in bands if place >= EARLY * last])
-    axes.set(xlabel="compute [steps, the initialisation's included]", ylabel=f"{measured} [nats per token]")
+    axes.set(xlabel="compute [steps, the initialisation's included]", ylabel=f"{measured}")
 
 
 def _frame(axes: Axes, bands: Sequence[tuple[float, Interval]], *more: float) -> None:
@@ -131,7 +131,7 @@ def _differences(axes: Axes, lines: Sequence[Line], measured: str) -> None:
     bands = [band for line in lines for band in line.entry.differences.items()]
     last = max(step for step, _ in bands)
     _frame(axes, [(step, band) for step, band in bands if step >= SETTLED * last], 0.0)
-    axes.set(xlabel="step", ylabel=f"difference of {measured} [nats per token]")
+    axes.set(xlabel="step", ylabel=f"difference of {measured}")
 
 
 def _rates(axes: Axes, lines: Sequence[Line], measured: str) -> None:
@@ -150,7 +150,7 @@ def _rates(axes: Axes, lines: Sequence[Line], measured: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rates, [number(rate) for rate in rates])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="learning rate", ylabel=f"final {measured} [nats per token]")
+    axes.set(xlabel="learning rate", ylabel=f"final {measured}")
 
 
 def _band(axes: Axes, line: Line, bands: Mapping[int, Interval], shift: float = 0.0) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import PurePath
 from typing import Any, Final
 
-from lora_da_core.ablation.axes import AUTOMATIC, CHOICES, TRAINING
+from lora_da_core.ablation.axes import CHOICES, TRAINING, USUAL
 from lora_da_core.ablation.grid import make_grid
 from lora_da_core.ablation.results import FAILED, Record
 from lora_da_core.ablation.run_table import INNER
@@ -159,9 +159,8 @@ def grid_of(entry: Entry) -> str:
     for name, values in inner.items():
         if values is not None:
             lines += ["", f"[run.{name}]", *_settings(values, _defaults(INNER[name]))]
-    standard = make_grid(
-        {"run": {"model": run["model"], "data": run["data"], "samples": run["samples"]}, "grid": {"rank": [8]}}
-    )
+    common = {name: run[name] for name in ("model", "data", "samples", "objective") if run.get(name) is not None}
+    standard = make_grid({"run": common, "grid": {"rank": [8]}})
     usual = json.loads(json.dumps(standard.cells[0].settings()))
     ranks: dict[str, list[int]] = {}
     for cell in entry["cells"]:
@@ -177,7 +176,7 @@ def grid_of(entry: Entry) -> str:
 def _axes(cell: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in CHOICES if cell["baseline"] is None else TRAINING:
-        choice = (cell.get(kind, AUTOMATIC.get(kind)), cell.get(f"{kind}_options", {}))
+        choice = (cell.get(kind, USUAL.get(kind)), cell.get(f"{kind}_options", {}))
         if choice != (usual[kind], usual[f"{kind}_options"]):
             found[kind] = {"name": choice[0], **choice[1]} if choice[1] else choice[0]
     if cell["baseline"] is not None:

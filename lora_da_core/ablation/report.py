@@ -58,8 +58,9 @@ def sections(records: Sequence[Record], run: RunSettings, made_by: Mapping[str, 
         table = tables.cost_table(found)
         parts.append(Section("Cost and fidelity", _cost_text(shown, found), pictures=pictures, table=table))
     if run.finetune is not None and (trained := at_best(found, baseline, run.finetune.batch_size)):
-        measured = "validation loss" if run.finetune.validation else "held-out loss"
-        parts += _finetunes(trained, measured, base)
+        what = "loss" if run.objective is None else f"{_name_of(run.objective)} loss"
+        measured = f"validation {what}" if run.finetune.validation else f"held-out {what}"
+        parts += _finetunes(trained, measured, "label token" if run.objective is None else "pair", base)
     if run.compare_to is not None and baseline is None:
         text = f"No finished cell is a {run.compare_to!r}: nothing to compare to."
         parts.append(Section("Paired differences", text))
@@ -72,6 +73,10 @@ def sections(records: Sequence[Record], run: RunSettings, made_by: Mapping[str, 
     if entries:
         parts.append(_again(entries[0]))
     return parts
+
+
+def _name_of(objective: str | Mapping[str, Any]) -> str:
+    return objective if isinstance(objective, str) else str(objective["name"])
 
 
 def _called(baseline: str, found: Sequence[Configuration]) -> str:
@@ -105,14 +110,14 @@ def _ranks_left_out(found: Sequence[Configuration]) -> list[str]:
     return [f"Pictures show ranks {', '.join(map(str, drawn))} of {len(ranks)}."] if len(drawn) < len(ranks) else []
 
 
-def _finetunes(entries: Sequence[AtBest], measured: str, base: str | None) -> list[Section]:
+def _finetunes(entries: Sequence[AtBest], measured: str, unit: str, base: str | None) -> list[Section]:
     found = [entry.configuration for entry in entries]
     pictures, left_out = [], []
     for rank, group in groupby(entries, lambda entry: entry.configuration.rank):
         alike = list(group)
         shown = len(loss_figures.leading(alike))
         if rank in figures.ranks_of(found):
-            pictures += loss_figures.loss_pictures(alike, measured)
+            pictures += loss_figures.loss_pictures(alike, f"{measured} [nats per {unit}]")
             left_out += [f"Rank {rank}: the best {shown} of {len(alike)} are shown."] if shown < len(alike) else []
     sentences = ["Lines are means over seeds, bands and bars 95 % t-intervals.", *left_out, *_ranks_left_out(found)]
     if base is not None:
@@ -127,7 +132,7 @@ def _finetunes(entries: Sequence[AtBest], measured: str, base: str | None) -> li
         Section("Loss curves", " ".join(sentences), pictures=tuple(pictures)),
         Section(
             "At each one's best learning rate",
-            _at_best_text(entries, measured, base),
+            _at_best_text(entries, measured, unit, base),
             table=tables.at_best_table(entries, measured, base),
         ),
         *_forgetting(entries, measured, base),
@@ -148,9 +153,9 @@ def _forgetting(entries: Sequence[AtBest], measured: str, base: str | None) -> l
     return [Section("What is forgotten", text, pictures=pictures, table=table)]
 
 
-def _at_best_text(entries: Sequence[AtBest], measured: str, base: str | None) -> str:
+def _at_best_text(entries: Sequence[AtBest], measured: str, unit: str, base: str | None) -> str:
     sentences = [
-        "In nats per label token, mean over seeds ± half the 95 % t-interval; the lowest at the last step first.",
+        f"In nats per {unit}, mean over seeds ± half the 95 % t-interval; the lowest at the last step first.",
         f"The best rate is the one with the lowest mean {measured} at the last step.",
         "Worst lr: how much higher that loss is at the worst of the rates.",
     ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any, Final
 
+from lora_da_core.ablation.axes import CAUSAL_LM, choice_of
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings, SourceSettings
 from lora_da_core.errors import OptionError
+from lora_da_core.registry import Registry
 
 INNER: Final[Mapping[str, type[Any]]] = {"finetune": FinetuneSettings, "source": SourceSettings}
 """Tables within [run]."""
@@ -37,6 +39,44 @@ def run_settings(where: str, table: Mapping[str, Any]) -> RunSettings:
     made = _made(where, RunSettings, values)
     assert isinstance(made, RunSettings)
     return made
+
+
+def with_objective(where: str, registry: Registry, run: RunSettings) -> RunSettings:
+    """The settings with all of the objective's options.
+
+    Args:
+        where: What error messages call the table.
+        registry: The installed plugins.
+        run: The settings as the table gives them.
+
+    Returns:
+        The settings; `objective` is None where it is the language model's own loss.
+
+    Raises:
+        OptionError: There is no such objective, or a fine-tune cannot train it.
+    """
+    if run.objective is None:
+        return run
+    try:
+        name, options = choice_of(registry, "objective", run.objective)
+    except OptionError as error:
+        raise type(error)(f"{where}: {error}") from error
+    if name == CAUSAL_LM:
+        return replace(run, objective=None)
+    if run.finetune is not None:
+        if not registry.create("objective", (name, options)).takes_pairs:
+            raise OptionError(
+                f"{where}: a grid's fine-tunes train causal language models, by {CAUSAL_LM!r} or by an objective of "
+                f"pairs of texts; objective is {name!r}."
+            )
+        if run.finetune.together > 1:
+            raise OptionError(f"{where}: objective {name!r} is trained one adapter at a time; set together = 1.")
+        if run.source is not None:
+            raise OptionError(
+                f"{where}: what a source loses is compared to a language model's loss, and objective is {name!r}; "
+                "leave [run.source] or the objective out."
+            )
+    return replace(run, objective={"name": name, **options})
 
 
 def _made(where: str, cls: type[Any], table: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,6 +107,8 @@ class RunSettings:
             statistics fit into memory, `none` measures no fidelity.
         compare_to: What the report compares everything to: a baseline, or an estimator; None takes the first baseline.
         trust_remote_code: Whether code that comes with the model may run.
+        objective: What fine-tunes train and held-out rows are judged by, and what initialisations differentiate unless
+            the grid lists others: a name, or a mapping of it and options. None is the language model's own loss.
         finetune: A fine-tune after each initialisation, or None.
         source: Data that fine-tunes are not to forget, or None.
     """
@@ -127,6 +130,7 @@ class RunSettings:
     reference: str = "auto"
     compare_to: str | None = None
     trust_remote_code: bool = False
+    objective: str | Mapping[str, Any] | None = None
     finetune: FinetuneSettings | None = None
     source: SourceSettings | None = None
 
@@ -161,8 +165,9 @@ class RunSettings:
         if self.finetune is not None:
             # How it is computed, not what.
             del found["finetune"]["together"], found["finetune"]["tokens_at_once"]
-        if self.source is None:
-            del found["source"]  # cells keep the names they had before there was a source
+        for name in ("source", "objective"):
+            if found[name] is None:
+                del found[name]  # cells keep the names they had before there were these
         return found
 
 

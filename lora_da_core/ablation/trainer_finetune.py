@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lora_da_core.ablation.finetune import Curve, Recorder, TrainingData, curve_of, held_out_loss, rate_factor
+from lora_da_core.ablation.finetune import (
+    Curve,
+    Recorder,
+    TrainingData,
+    curve_of,
+    held_out_loss,
+    rate_factor,
+    training_loss,
+)
 from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.blame import blamed
 from lora_da_core.errors import OptionError
@@ -50,7 +58,7 @@ def finetune_by_trainer(
     """
     start = time.perf_counter()
     device = next(model.parameters()).device
-    recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows))
+    recorder = Recorder(settings, data, lambda rows: held_out_loss(model, rows, data.objective))
     recorder.begin()
     with random_states_kept(), tempfile.TemporaryDirectory() as directory:
         arguments = _arguments(settings, learning_rate, data.seed, device, directory)
@@ -91,7 +99,7 @@ def _trainer(
             return self.lr_scheduler
 
         def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *rest: Any, **more: Any) -> Tensor:
-            loss: Tensor = model(**inputs).loss
+            loss = training_loss(model, inputs, data.objective)
             self.last_loss = float(loss.detach())
             return loss
 

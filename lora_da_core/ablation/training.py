@@ -53,6 +53,8 @@ class Training:
         """
         from lora_da_core import adapter
 
+        if self.workspace.run.objective is not None:
+            self.workspace.training(cell.seed)  # the base's own word on every pair
         if cell.regularizer[0] == NOTHING:
             return None
         space, key = self.workspace, (cell.seed, cell.source_fisher)

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
+from lora_da_core.ablation.axes import Choice, choice_of
 from lora_da_core.ablation.finetune import TrainingData
 from lora_da_core.ablation.grid import Grid
+from lora_da_core.ablation.pairs import PairData, check_pairs, chosen_template, completed, encode_pairs, pair_batches
 from lora_da_core.ablation.results import data_fingerprint, versions
-from lora_da_core.ablation.settings import RunSettings
+from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
 from lora_da_core.ablation.stacked import check_stackable
 from lora_da_core.cli_options import module_names
 from lora_da_core.data import Rows, TextData, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
+from lora_da_core.interfaces import Objective
 from lora_da_core.models import load_model
 from lora_da_core.registry import Registry
 from lora_da_core.sizing import SEARCH_SAMPLES
@@ -66,6 +69,12 @@ class Workspace:
     def __init__(self, run: RunSettings, registry: Registry) -> None:
         self.run, self.registry = run, registry
         self.rows = load_rows(run.data, split=run.split)
+        self.template = chosen_template(self.rows, run.prompt_template)
+        self.objective: Objective[Any] | None = None
+        if run.objective is not None:
+            self.objective = registry.create("objective", choice_of(registry, "objective", run.objective))
+            if self.objective.takes_pairs:
+                check_pairs(self.rows, self.template)
         self.pool, self.kept_out = _parts(self.rows, 0 if run.finetune is None else run.finetune.held_out)
         if run.finetune is not None and run.finetune.validation:
             self.pool, self.kept_out = _parts(self.pool, run.finetune.validation)
@@ -75,7 +84,7 @@ class Workspace:
         self.loaded.model.requires_grad_(False)
         if run.finetune is not None and run.finetune.together > 1:
             self._check_stackable()
-        self._draws: dict[tuple[int, int], Draw] = {}
+        self._draws: dict[Any, Draw] = {}
         self._training: dict[int, TrainingData] = {}
         self._held_out: list[Batch] = []
         self._source_held_out: list[Batch] = []
@@ -144,23 +153,30 @@ class Workspace:
         found = {"source": source.data, "split": source.split, "rows": len(rows), "held_out": source.held_out}
         return {"source": {**found, "fingerprint": data_fingerprint(source.data, rows)}}
 
-    def draw(self, samples: int, seed: int) -> Draw:
+    def draw(self, samples: int, seed: int, objective: Choice | None = None) -> Draw:
         """The samples of one seed; the last draw is kept.
 
         Args:
             samples: How many rows.
             seed: Of the draw.
+            objective: What they are for; None reads texts.
 
         Returns:
             The batches.
         """
-        key = (samples, seed)
+        pairs = objective is not None and self.registry.create("objective", objective).takes_pairs
+        key = (samples, seed, pairs)
         if key not in self._draws:
-            found = self._encoded(self.pool, self.run.prompt_template, samples, seed, SEARCH_SAMPLES)
-            made, unseen = (
-                batches(part, pad_token_id=self.loaded.tokenizer.pad_token_id, batch_size=self.run.batch_size)
-                for part in (found.samples, found.unseen)
-            )
+            padding, size = self.loaded.tokenizer.pad_token_id, self.run.batch_size
+            found: TextData | PairData
+            if pairs:
+                found = self._pairs(self.pool, samples, seed, SEARCH_SAMPLES)
+                made, unseen = (pair_batches(part, padding, size) for part in (found.samples, found.unseen))
+            else:
+                found = self._encoded(self.pool, self.template, samples, seed, SEARCH_SAMPLES)
+                made, unseen = (
+                    batches(part, pad_token_id=padding, batch_size=size) for part in (found.samples, found.unseen)
+                )
             notes = (*self.loaded.notes, *found.notes)
             self._draws = {key: Draw(made, len(found.samples), found.tokens, notes, unseen)}
         return self._draws[key]
@@ -176,16 +192,30 @@ class Workspace:
         """
         tune = self.run.finetune
         assert tune is not None
+        if self.objective is not None:
+            return self._training_by(self.objective, seed, tune)
         padding = self.loaded.tokenizer.pad_token_id
         if not self._held_out:
-            found = self._encoded(self.kept_out, self.run.prompt_template, None, HELD_OUT_SEED)
+            found = self._encoded(self.kept_out, self.template, None, HELD_OUT_SEED)
             self._held_out = [*batches(found.samples, pad_token_id=padding)]
             if self.run.source is not None:
                 self._source_held_out = [*batches(self._of_source(held_out=True).samples, pad_token_id=padding)]
         if seed not in self._training:
             wanted = min(len(self.pool), tune.steps * tune.batch_size)
-            samples = self._encoded(self.pool, self.run.prompt_template, wanted, seed).samples
+            samples = self._encoded(self.pool, self.template, wanted, seed).samples
             self._training = {seed: TrainingData(samples, self._held_out, padding, seed, self._source_held_out)}
+        return self._training[seed]
+
+    def _training_by(self, objective: Objective[Any], seed: int, tune: FinetuneSettings) -> TrainingData:
+        """Pairs, each with what the objective asks of the base; to be asked first while it carries no adapter."""
+        padding = self.loaded.tokenizer.pad_token_id
+        if not self._held_out:
+            kept = self._pairs(self.kept_out, None, HELD_OUT_SEED)
+            self._held_out = [*pair_batches(completed(kept.samples, objective, self.model, padding), padding)]
+        if seed not in self._training:
+            found = self._pairs(self.pool, min(len(self.pool), tune.steps * tune.batch_size), seed)
+            samples = completed(found.samples, objective, self.model, padding)
+            self._training = {seed: TrainingData(samples, self._held_out, padding, seed, objective=objective)}
         return self._training[seed]
 
     def source(self, seed: int) -> Sequence[Batch]:
@@ -221,6 +251,10 @@ class Workspace:
             task_type="CAUSAL_LM",
             base_model_name=run.model,
         )
+
+    def _pairs(self, rows: Rows, samples: int | None, seed: int, beyond: int = 0) -> PairData:
+        options = TextOptions(self.template, self.run.max_length, samples, seed, beyond)
+        return encode_pairs(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
 
     def _encoded(self, rows: Rows, template: str | None, samples: int | None, seed: int, beyond: int = 0) -> TextData:
         options = TextOptions(template, self.run.max_length, samples, seed, beyond)

@@ -46,6 +46,10 @@ class DPO(Objective[DPOOptions]):
     masks_by_layer = False
     Options = DPOOptions
 
+    @property
+    def takes_pairs(self) -> bool:
+        return True
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         _, margin = compared(model, batch, average=False)
         return -functional.logsigmoid(self.options.beta * margin)

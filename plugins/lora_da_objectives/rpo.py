@@ -51,6 +51,10 @@ class RPO(Objective[RPOOptions]):
     masks_by_layer = False
     Options = RPOOptions
 
+    @property
+    def takes_pairs(self) -> bool:
+        return True
+
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         average = self.options.average
         beta = (0.5 if average else 0.01) if self.options.beta is None else self.options.beta
