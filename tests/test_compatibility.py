@@ -637,7 +637,9 @@ def test_convolutions_are_initialised_or_left() -> None:
     config = LoraConfig(r=2, target_modules=["conv", "head"])
     with pytest.raises(TargetError, match=r"layer conv is a Conv2d with padding_mode.*unsupported='default'"):
         lora_da_core.build_pipeline(objective=small_losses).run(grouped, unread(), config)
-    left = lora_da_core.build_pipeline(objective=small_losses, config=LoraDAConfig(unsupported="default", scale="fixed"))
+    left = lora_da_core.build_pipeline(
+        objective=small_losses, config=LoraDAConfig(unsupported="default", scale="fixed")
+    )
     for low_cpu_mem_usage in (False, True):
         for made, initialised in ((model, True), (grouped, False)):
             peft_model = wrapped(copy.deepcopy(made), config, low_cpu_mem_usage=low_cpu_mem_usage)
