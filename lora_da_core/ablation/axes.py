@@ -48,6 +48,7 @@ ABSENT: Final[Mapping[str, tuple[Any, ...]]] = {
     "pairing": (None, "same"),
     "offset": (None, "none"),
     "frozen": (None, "none"),
+    "statistics_device": (None, "auto"),
     **dict.fromkeys(TRAINING, (NOTHING,)),
     **dict.fromkeys([f"{name}_options" for name in TRAINING], ({},)),
 }
