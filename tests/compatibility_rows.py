@@ -41,7 +41,7 @@ ARCHITECTURES = [
     shown("BERT", "sequences and tokens", f"{RELOAD}[Bert]", f"{RELOAD}[Bert, tokens]"),
     shown(
         "MiniLM",
-        "real weights and labels: starts below its base on held-out words, trains, reloads bitwise",
+        "real weights and labels: starts no higher than its base on held-out words, trains, reloads bitwise",
         f"{MINILM}[words]",
         f"{MINILM}[tokens]",
     ),
