@@ -40,6 +40,7 @@ from lora_da_core.operators import LowRankMap
 from lora_da_core.pipeline import Pipeline
 from lora_da_core.probe import LowRankProbe
 from lora_da_core.registry import Registry
+from lora_da_core.scale import SURE
 from lora_da_core.sizing import SEARCH_SAMPLES, Sizing
 from lora_da_core.types import LoraFactors
 
@@ -125,7 +126,7 @@ class Bench:
         """A direction at the size of the library's line search."""
         found = self.estimates(("kfac", ()))[1]
         dtypes = dict.fromkeys(direction, torch.float32)
-        return Sizing(found.task, found.unseen, dtypes, print).search({}, direction)[1]
+        return Sizing(found.task, found.unseen, dtypes, print).search({}, direction, SURE)[1]
 
 
 def default(bench: Bench) -> Factors:

@@ -19,6 +19,7 @@ from lora_da_core.omega import WeightStep, fixed_factors, of_norm, stable_factor
 from lora_da_core.passes import Names
 from lora_da_core.registry import Registry
 from lora_da_core.rounds import Keep, Record, Round, Rounds, keep_nothing, population
+from lora_da_core.scale import SURE
 from lora_da_core.sizing import Sizing
 from lora_da_core.types import LayerReport, LayerSpec, LoraDAResult, LoraFactors, RunReport
 
@@ -132,13 +133,15 @@ class Finish:
             self.record.notes.append(
                 "the step was sized on samples that it was estimated from: none are left beyond `samples`"
             )
+        # What samples say of others by their standard error, they say only of a direction that is not theirs.
+        margin = SURE if unseen else 0.0
         for number, part in enumerate([job.batches, *job.later]):
             sizing = Sizing(job.task, job.unseen if unseen else part, dtypes, self.record.note, self.on_progress)
             task = replace(job.task, changes=sizing.changes(steps))
             rounds.append(self.rounds.later(task, part, number) if number else first)
             solutions = rounds[-1].solutions
             direction = {n: unit_step(each.subspace, self.config.spectrum) for n, each in solutions.items()}
-            search, steps = self.record.timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d))  # type: ignore[misc]
+            search, steps = self.record.timed("scale", lambda s=sizing, d=direction, c=steps: s.search(c, d, margin))  # type: ignore[misc]
             searches.append(asdict(search))
         if not any(search["multiplier"] for search in searches):
             self.record.note("no step along the solution surely lowers the loss on the samples: B starts at zero")

@@ -36,15 +36,16 @@ class LineSearch:
     standard_error: float | None
 
 
-def line_search(losses: Callable[[float], Tensor]) -> LineSearch:
+def line_search(losses: Callable[[float], Tensor], margin: float = SURE) -> LineSearch:
     """Finds a multiplier near the minimum of the mean loss by powers of two and one parabola through the best three.
 
     Non-finite losses count as infinitely bad. A multiplier is chosen only where the mean change of the samples' losses
-    is below zero by `SURE` of its standard errors, so that a direction that is good for these few by chance is not
+    is below zero by `margin` of its standard errors, so that a direction that is good for these few by chance is not
     taken (one sample has no standard error: its loss decides alone).
 
     Args:
         losses: The losses of the samples (n,) at a multiplier ≥ 0, of the same samples at each.
+        margin: In standard errors; 0 lets the mean decide alone.
 
     Returns:
         The multiplier and everything that was tried.
@@ -73,7 +74,7 @@ def line_search(losses: Callable[[float], Tensor]) -> LineSearch:
     at_zero = float(base.mean())
     best = _descend(at, START, at_zero)
     _refine(at, best)
-    sure = [each for each, loss in tried.items() if loss < at_zero - SURE * (errors[each] or 0.0)]
+    sure = [each for each, loss in tried.items() if loss < at_zero - margin * (errors[each] or 0.0)]
     chosen = min(sure, key=lambda multiplier: tried[multiplier], default=0.0)
     lowest = min(tried, key=lambda multiplier: tried[multiplier])
     return LineSearch(chosen, at_zero, tuple(tried.items()), errors[lowest])

@@ -59,12 +59,13 @@ class Sizing:
         self._specs = {spec.name: spec for spec in task.specs}
         self._dtypes, self._on_progress = dtypes, on_progress
 
-    def search(self, current: Steps, direction: Steps) -> tuple[LineSearch, dict[str, WeightStep]]:
+    def search(self, current: Steps, direction: Steps, margin: float) -> tuple[LineSearch, dict[str, WeightStep]]:
         """The best step current + t·direction, one t for all layers.
 
         Args:
             current: Where the search starts; nothing of a layer that starts at the base.
             direction: Where it goes.
+            margin: By how many standard errors the mean loss of the samples must fall.
 
         Returns:
             The search, and the steps at its multiplier, each of the direction's rank.
@@ -81,7 +82,7 @@ class Sizing:
                 at_base = not multiplier and not current
                 return probe.losses({} if at_base else self.changes(_at(lines, multiplier)))
 
-            found = line_search(losses)
+            found = line_search(losses, margin)
         return found, _at(lines, found.multiplier)
 
     def changes(self, steps: Steps) -> dict[str, LinearMap]:
