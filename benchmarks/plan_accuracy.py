@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora_da_core
 from benchmarks.machine import machine, write_json
 from lora_da_core.ablation.memory import PeakMemory
-from lora_da_core.memory_workload import Workload
+from lora_da_core.memory.workload import Workload
 
 MIB = 2**20
 _THROUGHPUT_RUNS = 3

@@ -29,7 +29,7 @@ import lora_da_core
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import timed, wait
 from lora_da_core import solving
-from lora_da_core.memory_workload import Workload
+from lora_da_core.memory.workload import Workload
 
 LIMITS = {
     ("samples", "passes"): 1.0,

@@ -16,7 +16,7 @@ from lora_da_core.batches import cut
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Job
 from lora_da_core.memory import Plan, estimate_memory
-from lora_da_core.memory_workload import Workload, size_text
+from lora_da_core.memory.workload import Workload, size_text
 from lora_da_core.placement import is_partitioned, largest_module_bytes, resident_bytes
 from lora_da_core.sums_storage import storage_at
 from lora_da_core.types import Batch, StatisticsDevice

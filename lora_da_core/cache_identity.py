@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import DataError, OptionError
-from lora_da_core.functions import FunctionObjective
+from lora_da_core.function_objective import FunctionObjective
 from lora_da_core.types import Batch
 
 FORMAT = 1

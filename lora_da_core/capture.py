@@ -24,7 +24,7 @@ from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, Gra
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.merging import Merger
-from lora_da_core.modes import first_non_finite_module, prepared, recomputing
+from lora_da_core.model_state import first_non_finite_module, prepared, recomputing
 from lora_da_core.operators import LinearMap, accumulation_dtype
 from lora_da_core.placement import (
     execution_device,

@@ -148,7 +148,7 @@ def requested(options: InitOptions) -> Request:
         OptionError: An option is wrong, or two do not go together.
     """
     from lora_da_core import adapter, data
-    from lora_da_core.memory_workload import parse_size
+    from lora_da_core.memory.workload import parse_size
     from lora_da_core.pipeline import build_pipeline
     from lora_da_core.registry import Registry
     from lora_da_core.sizing import SEARCH_SAMPLES

@@ -31,7 +31,7 @@ def needed_offload(
     """
     from lora_da_core import data, models
     from lora_da_core.budget import resident_within
-    from lora_da_core.memory_workload import parse_size
+    from lora_da_core.memory.workload import parse_size
 
     if options.max_memory is None:
         return None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lora_da_core.memory import Plan
-    from lora_da_core.memory_workload import Workload
+    from lora_da_core.memory.workload import Workload
     from lora_da_core.models import ModelShapes
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
@@ -106,7 +106,7 @@ def plan(options: PlanOptions) -> None:
     """Say what a run would take, from the model's configuration alone: memory, passes and what they are made of."""
     from lora_da_core import adapter, models
     from lora_da_core.memory import estimate_memory
-    from lora_da_core.memory_workload import parse_size
+    from lora_da_core.memory.workload import parse_size
 
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     pipeline = _pipeline(options)
@@ -180,7 +180,7 @@ def outcome(planned: Plan | str, grown: int, report: RunReport, *, cached: bool)
     Returns:
         Sentences.
     """
-    from lora_da_core.memory_workload import size_text
+    from lora_da_core.memory.workload import size_text
 
     if isinstance(planned, str):
         return [f"memory: {size_text(grown)} beyond the weights; there is no plan to compare: {planned}"]
@@ -218,7 +218,7 @@ def _pipeline(options: PlanOptions) -> Pipeline:
 
 
 def _workload(options: PlanOptions, shapes: ModelShapes) -> Workload:
-    from lora_da_core.memory_workload import Workload
+    from lora_da_core.memory.workload import Workload
 
     limit, longest = shapes.max_positions, options.max_length
     if longest is None:
@@ -243,7 +243,7 @@ def _setting(options: PlanOptions, shapes: ModelShapes, workload: Workload) -> d
 def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
     from rich.console import Console
 
-    from lora_da_core.memory_workload import size_text
+    from lora_da_core.memory.workload import size_text
 
     console = Console(highlight=False)
     console.print(plan_table(found))
@@ -264,7 +264,7 @@ def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
 
 
 def _place(found: Plan) -> str:
-    from lora_da_core.memory_workload import size_text
+    from lora_da_core.memory.workload import size_text
 
     if not found.offloaded_bytes:
         return found.statistics_device
@@ -275,7 +275,7 @@ def plan_table(found: Plan) -> Table:
     """One row per entry of a plan, phase by phase, the heaviest phase marked."""
     from rich.table import Table
 
-    from lora_da_core.memory_workload import size_text
+    from lora_da_core.memory.workload import size_text
 
     totals = found.phases()
     heaviest = max(totals, key=lambda phase: totals[phase])

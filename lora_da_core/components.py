@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_da_core.errors import OptionError
-from lora_da_core.functions import FunctionObjective
+from lora_da_core.function_objective import FunctionObjective
 from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, RankAllocator, Solver
 from lora_da_core.registry import Registry
 from lora_da_core.types import LayerSpec

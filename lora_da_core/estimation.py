@@ -18,7 +18,7 @@ from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.custody import Custody
 from lora_da_core.errors import DataError, PluginError
 from lora_da_core.interfaces import GradientEstimator, Objective
-from lora_da_core.modes import prepared
+from lora_da_core.model_state import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.passes import input_groups
 from lora_da_core.placement import has_sharded_parts

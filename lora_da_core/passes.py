@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.capture import CaptureTask
 from lora_da_core.layer_kinds import KINDS, Call, watched
-from lora_da_core.modes import prepared
+from lora_da_core.model_state import prepared
 from lora_da_core.types import Batch
 
 Names = Sequence[str]

@@ -25,9 +25,9 @@ from lora_da_core.distributed import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
-from lora_da_core.functions import LossFunction, objective_of
+from lora_da_core.function_objective import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.modes import random_states_kept
+from lora_da_core.model_state import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.placement import has_sharded_parts
 from lora_da_core.preparation import check_ranks, job_of

@@ -17,7 +17,7 @@ from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Job, complete, sample_notes
-from lora_da_core.modes import check_model, quantization_notes
+from lora_da_core.model_state import check_model, quantization_notes
 from lora_da_core.registry import Registry
 from lora_da_core.repeatability import order_notes
 from lora_da_core.sizing import SEARCH_SAMPLES

@@ -19,7 +19,7 @@ from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import LossProbe
 from lora_da_core.layer_kinds import KINDS, Call, watched
-from lora_da_core.modes import prepared
+from lora_da_core.model_state import prepared
 from lora_da_core.operators import LinearMap
 from lora_da_core.placement import weights_present, whole
 from lora_da_core.taps import TokenLedger, Use

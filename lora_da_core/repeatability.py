@@ -12,7 +12,7 @@ from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
-from lora_da_core.modes import prepared
+from lora_da_core.model_state import prepared
 from lora_da_core.types import Batch
 
 CHECKED_SAMPLES = 4

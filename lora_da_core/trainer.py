@@ -15,7 +15,7 @@ from lora_da_core.config import ComponentChoice
 from lora_da_core.distributed import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import TrainerPlugin
-from lora_da_core.modes import random_states_kept
+from lora_da_core.model_state import random_states_kept
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.preferences import preference_batches
 from lora_da_core.registry import Registry

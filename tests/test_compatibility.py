@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, OptionError, TargetError, adapter
-from lora_da_core.adapter_variants import REFUSED
+from lora_da_core.adapter.variants import REFUSED
 from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.registry import Registry
 from tiny_models import causal, continued

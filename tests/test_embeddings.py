@@ -21,8 +21,8 @@ from lora_da_core.interfaces import FisherEstimator, GradientEstimator
 from lora_da_core.operators import DenseMap, LowRankMap
 from lora_da_core.registry import Registry
 from lora_da_core.running_sums import Statistics
-from lora_da_core.testing_data import collect, dense_matrix
-from lora_da_core.testing_one_hot import ENTRIES, one_hot_tokens
+from lora_da_core.testing.data import collect, dense_matrix
+from lora_da_core.testing.one_hot import ENTRIES, one_hot_tokens
 from tiny_models import PAD, VOCABULARY, bart, causal, continued, made, t5
 
 Batches = list[dict[str, Tensor]]

@@ -14,10 +14,10 @@ from lora_da_core import estimation, models, rounds
 from lora_da_core.budget import workload_of
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
 from lora_da_core.memory import estimate_memory
-from lora_da_core.memory_activations import BatchShape, trace
-from lora_da_core.memory_phases import LayerBytes, Phases, PlanRow, by_phase, divided
-from lora_da_core.memory_workload import Workload, parse_size, size_text
-from lora_da_core.memory_workspace import Tokens, Workspace, WorkspaceProbe
+from lora_da_core.memory.activations import BatchShape, trace
+from lora_da_core.memory.phases import LayerBytes, Phases, PlanRow, by_phase, divided
+from lora_da_core.memory.workload import Workload, parse_size, size_text
+from lora_da_core.memory.workspace import Tokens, Workspace, WorkspaceProbe
 from lora_da_core.passes import divided_layers, input_groups
 from lora_da_core.types import LayerSpec
 from tiny_models import bert, t5, vit
@@ -230,7 +230,7 @@ def test_workspaces_of_small_layers_continue_to_larger_ones(estimator, monkeypat
         return probe.workspace(spec, Tokens(1600, 1600, 80), solver, torch.float32)
 
     measured = found()
-    monkeypatch.setattr("lora_da_core.memory_workspace.INPUTS", 144)
+    monkeypatch.setattr("lora_da_core.memory.workspace.INPUTS", 144)
     continued = found()
     assert continued.prepare == pytest.approx(measured.prepare, rel=0.03)
     assert continued.shared + continued.kept == pytest.approx(measured.shared + measured.kept, rel=0.03)

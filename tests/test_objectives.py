@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lora_da_core
 import tiny_models as tiny
-from lora_da_core.functions import objective_of
+from lora_da_core.function_objective import objective_of
 from lora_da_core.interfaces import Objective
 from lora_da_core.registry import Registry
 from lora_da_core.types import LayerSpec

@@ -428,7 +428,7 @@ def test_a_grid_runs_offsets_and_frozen_factors_alone_and_together(world: Path, 
 def test_a_failure_while_the_start_is_settled_leaves_the_model_as_found(
     monkeypatch: pytest.MonkeyPatch, model_unchanged: Any
 ) -> None:
-    from lora_da_core import adapter_start
+    from lora_da_core.adapter import start as adapter_start
 
     def fail(*arguments: Any, **rest: Any) -> None:
         raise RuntimeError("no room")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import adapter
-from lora_da_core.adapter_checks import base_digests
+from lora_da_core.adapter.checks import base_digests
 
 DEVICE = os.environ.get("LORA_DA_TEST_DEVICE", "cpu")
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

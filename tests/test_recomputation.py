@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter
-from lora_da_core.allocations import Allocations
+from lora_da_core.live_bytes import Allocations
 from lora_da_core.running_sums import Statistics
 from test_embeddings import losses_of
 from test_layer_kinds import experts_config, gradients, mixture, statistics_of

@@ -32,8 +32,8 @@ from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, S
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.memory import Plan, estimate_memory
-from lora_da_core.memory_time import PassTime
-from lora_da_core.memory_workload import Workload
+from lora_da_core.memory.time import PassTime
+from lora_da_core.memory.workload import Workload
 from lora_da_core.running_sums import StoredSums
 from lora_da_core.sums_storage import DiskStorage, HostStorage, OffloadedSums
 from test_data_parallel import made_model

@@ -13,7 +13,7 @@ import tiny_models as tiny
 from lora_da_core.interfaces import Objective
 from lora_da_core.registry import Registry
 from lora_da_core.testing import objective_checks
-from lora_da_core.testing_objectives import CHECKS
+from lora_da_core.testing.objectives import CHECKS
 from lora_da_core.types import Batch, LayerSpec
 from test_objectives import CASES
 from test_preferences import pairs

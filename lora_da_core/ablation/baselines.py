@@ -16,7 +16,7 @@ from peft import (
 )
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import holders, lora_layers
+from lora_da_core.adapter.factors import holders, lora_layers
 from lora_da_core.batches import to_device
 from lora_da_core.errors import AdapterError, OptionError
 from lora_da_core.types import Batch, LoraFactors

@@ -25,7 +25,7 @@ from lora_da_core.ablation.settings import FinetuneSettings
 from lora_da_core.blame import blamed
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import TrainerPlugin
-from lora_da_core.modes import random_states_kept
+from lora_da_core.model_state import random_states_kept
 from lora_da_core.regularization import regularize_training
 
 if TYPE_CHECKING:

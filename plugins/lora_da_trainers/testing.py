@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from lora_da_core.interfaces import TrainerPlugin
-from lora_da_core.testing_data import Check, Subject, bitwise, declares_itself, require, undisturbed
+from lora_da_core.testing.data import Check, Subject, bitwise, declares_itself, require, undisturbed
 
 STEPS = 8
 BROKEN_AT = 5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_da_core.interfaces import RankAllocator
-from lora_da_core.testing_data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
+from lora_da_core.testing.data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
 from lora_da_core.types import Curvature, LayerSpec, LayerSpectrum
 
 SIZES = {"small": (6, 5), "wide": (24, 12), "tall": (10, 40), "idle": (16, 16)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_da_core.memory_phases import Group, statistics_of
+from lora_da_core.memory.phases import Group, statistics_of
 from lora_da_core.types import StatisticsDevice
 
 _BYTES = 4

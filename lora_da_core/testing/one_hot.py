@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from lora_da_core.testing_data import Subject, Tokens, close, collect, dense_matrix, layer, random_tokens, require
+from lora_da_core.testing.data import Subject, Tokens, close, collect, dense_matrix, layer, random_tokens, require
 
 ENTRIES = 6
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_da_core.interfaces import GradientEstimator, LossProbe
 from lora_da_core.operators import LinearMap
-from lora_da_core.testing_data import (
+from lora_da_core.testing.data import (
     CPU,
     EXACT,
     Check,
@@ -28,7 +28,7 @@ from lora_da_core.testing_data import (
     same_bytes,
     undisturbed,
 )
-from lora_da_core.testing_one_hot import gradient_takes_places
+from lora_da_core.testing.one_hot import gradient_takes_places
 from lora_da_core.types import LayerSpec
 
 ROUGH = 2.0

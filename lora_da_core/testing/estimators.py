@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_da_core.interfaces import FisherEstimator, LayerFisher
 from lora_da_core.operators import DenseMap, LowRankMap
-from lora_da_core.testing_accumulators import (
+from lora_da_core.testing.accumulators import (
     INVERSION,
     SCALES,
     SIZES,
@@ -34,7 +34,7 @@ from lora_da_core.testing_accumulators import (
     sums_are_divided_by_the_right_count,
     token_order_does_not_matter,
 )
-from lora_da_core.testing_data import (
+from lora_da_core.testing.data import (
     EXACT,
     Check,
     Subject,
@@ -51,7 +51,7 @@ from lora_da_core.testing_data import (
     require,
     same_bytes,
 )
-from lora_da_core.testing_one_hot import fisher_takes_places
+from lora_da_core.testing.one_hot import fisher_takes_places
 from lora_da_core.types import DampingKind
 
 DAMPINGS: tuple[tuple[float, DampingKind], ...] = ((0.01, "relative"), (0.02, "absolute"))

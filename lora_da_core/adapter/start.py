@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import holders, lora_layers, materialise, saved_keys
+from lora_da_core.adapter.factors import holders, lora_layers, materialise, saved_keys
 from lora_da_core.errors import OptionError
 from lora_da_core.placement import is_shared_out, offload_hook
 from lora_da_core.types import Frozen, LoraFactors, Offset

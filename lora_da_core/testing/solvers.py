@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_da_core.interfaces import Solver
 from lora_da_core.operators import Dense, SymmetricOperator
-from lora_da_core.testing_data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
+from lora_da_core.testing.data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
 from lora_da_core.types import EigenResult
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}

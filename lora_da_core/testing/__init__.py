@@ -16,14 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_da_core import (
-    testing_allocators,
-    testing_estimators,
-    testing_gradients,
-    testing_objectives,
-    testing_regularizers,
-    testing_solvers,
-)
 from lora_da_core.errors import OptionError, PluginError, UnknownNameError
 from lora_da_core.interfaces import (
     FisherEstimator,
@@ -36,7 +28,8 @@ from lora_da_core.interfaces import (
 )
 from lora_da_core.operators import Dense, accumulation_dtype
 from lora_da_core.registry import Registry
-from lora_da_core.testing_data import Check, Tokens, collect, layer
+from lora_da_core.testing import allocators, estimators, gradients, objectives, regularizers, solvers
+from lora_da_core.testing.data import Check, Tokens, collect, layer
 from lora_da_core.types import Batch, DampingKind, EigenResult, FisherScale, LayerSpec
 
 Options = Mapping[str, Any] | None
@@ -125,7 +118,7 @@ def estimator_checks(cls: type[FisherEstimator[Any]], *, options: Options = None
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_estimators.checks(cls, options or {})
+    return estimators.checks(cls, options or {})
 
 
 def solver_checks(cls: type[Solver[Any]], *, options: Options = None) -> Iterator[Check]:
@@ -138,7 +131,7 @@ def solver_checks(cls: type[Solver[Any]], *, options: Options = None) -> Iterato
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_solvers.checks(cls, options or {})
+    return solvers.checks(cls, options or {})
 
 
 def gradient_checks(cls: type[GradientEstimator[Any]], *, options: Options = None) -> Iterator[Check]:
@@ -151,7 +144,7 @@ def gradient_checks(cls: type[GradientEstimator[Any]], *, options: Options = Non
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_gradients.checks(cls, options or {})
+    return gradients.checks(cls, options or {})
 
 
 def allocator_checks(cls: type[RankAllocator[Any]], *, options: Options = None) -> Iterator[Check]:
@@ -164,7 +157,7 @@ def allocator_checks(cls: type[RankAllocator[Any]], *, options: Options = None) 
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_allocators.checks(cls, options or {})
+    return allocators.checks(cls, options or {})
 
 
 def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) -> Iterator[Check]:
@@ -177,7 +170,7 @@ def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) 
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_regularizers.checks(cls, options or {})
+    return regularizers.checks(cls, options or {})
 
 
 def objective_checks(
@@ -202,7 +195,7 @@ def objective_checks(
     Returns:
         (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
-    return testing_objectives.checks(cls, options or {}, model=model, batch=batch, spec=spec, tokens=tokens)
+    return objectives.checks(cls, options or {}, model=model, batch=batch, spec=spec, tokens=tokens)
 
 
 CHECKS_OF_KIND: dict[str, Callable[..., Iterator[Check]]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.interfaces import Objective
-from lora_da_core.testing_data import Check, Subject, bitwise, close, declares_itself, require, undisturbed
+from lora_da_core.testing.data import Check, Subject, bitwise, close, declares_itself, require, undisturbed
 from lora_da_core.types import Batch, LabelKind, LayerSpec
 
 SAME = 1e-5

@@ -15,8 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 
-from lora_da_core.adapter_checks import Check, base_digests, digest, fingerprint, verify
-from lora_da_core.adapter_factors import (
+from lora_da_core.adapter.checks import Check, base_digests, digest, fingerprint, verify
+from lora_da_core.adapter.factors import (
     PREFIX,
     as_stored,
     factor_parameters,
@@ -28,8 +28,8 @@ from lora_da_core.adapter_factors import (
     saved_keys,
     update_magnitude,
 )
-from lora_da_core.adapter_start import check_start, settle
-from lora_da_core.adapter_targets import (
+from lora_da_core.adapter.start import check_start, settle
+from lora_da_core.adapter.targets import (
     Targets,
     adapters_disabled,
     base_of,
@@ -39,7 +39,7 @@ from lora_da_core.adapter_targets import (
     is_peft_model,
     resolve_targets,
 )
-from lora_da_core.adapter_variants import check_adapter_name, check_config
+from lora_da_core.adapter.variants import check_adapter_name, check_config
 from lora_da_core.errors import AdapterError, OptionError
 from lora_da_core.placement import whole
 from lora_da_core.types import Frozen, LoraFactors, Offset

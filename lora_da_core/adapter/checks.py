@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import held_factors, lora_layers, materialise
-from lora_da_core.adapter_targets import base_of
+from lora_da_core.adapter.factors import held_factors, lora_layers, materialise
+from lora_da_core.adapter.targets import base_of
 from lora_da_core.errors import AdapterError
 from lora_da_core.placement import is_offloaded, present_parameters, whole
 from lora_da_core.types import RunReport

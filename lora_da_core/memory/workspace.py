@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_da_core.allocations import Allocations
 from lora_da_core.blame import blamed
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.interfaces import Component, FisherEstimator, GradientEstimator, Solver
+from lora_da_core.live_bytes import Allocations
 from lora_da_core.omega import forms_omega, forms_step
 from lora_da_core.operators import DenseMap, LinearMap, accumulation_dtype
 from lora_da_core.registry import Registry

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_da_core.interfaces import LayerFisher, Regularizer
 from lora_da_core.operators import Dense, SymmetricOperator
-from lora_da_core.testing_data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
+from lora_da_core.testing.data import Check, Subject, bitwise, checks_of, declares_itself, require, undisturbed
 from lora_da_core.types import LoraFactors
 
 SIZES = {"one": (5, 4), "two": (3, 6)}

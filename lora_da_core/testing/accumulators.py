@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.testing_data import (
+from lora_da_core.testing.data import (
     EXACT,
     Shard,
     Subject,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from lora_da_core.allocations import Allocations
+from lora_da_core.live_bytes import Allocations
 from lora_da_core.operators import accumulation_dtype
 from lora_da_core.placement import copied_tree
 from lora_da_core.taps import Tap, TokenLedger, Use

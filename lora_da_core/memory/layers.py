@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
-from lora_da_core.memory_activations import Activations, BatchShape, guess, trace
-from lora_da_core.memory_phases import Group, LayerBytes, Phases
-from lora_da_core.memory_time import PassTime
-from lora_da_core.memory_workload import Workload
-from lora_da_core.memory_workspace import Tokens, WorkspaceProbe
+from lora_da_core.memory.activations import Activations, BatchShape, guess, trace
+from lora_da_core.memory.phases import Group, LayerBytes, Phases
+from lora_da_core.memory.time import PassTime
+from lora_da_core.memory.workload import Workload
+from lora_da_core.memory.workspace import Tokens, WorkspaceProbe
 from lora_da_core.operators import accumulation_dtype
 from lora_da_core.placement import offloaded_bytes, resident_bytes
 from lora_da_core.sources import reason

@@ -17,8 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from lora_da_core.adapter_factors import base_name, fault, lora_layers, specs_of
-from lora_da_core.adapter_variants import check_config
+from lora_da_core.adapter.factors import base_name, fault, lora_layers, specs_of
+from lora_da_core.adapter.variants import check_config
 from lora_da_core.errors import OptionError, TargetError
 from lora_da_core.layer_kinds import CLASSES
 from lora_da_core.placement import copied_tree

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lora_da_core.memory_layers import PlannedLayers
-from lora_da_core.memory_phases import Group, PlanRow, by_phase, divided, statistics_of
-from lora_da_core.memory_workload import Workload
+from lora_da_core.memory.layers import PlannedLayers
+from lora_da_core.memory.phases import Group, PlanRow, by_phase, divided, statistics_of
+from lora_da_core.memory.workload import Workload
 from lora_da_core.types import StatisticsDevice
 
 if TYPE_CHECKING:

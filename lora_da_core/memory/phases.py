@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_da_core.memory_activations import Activations
-from lora_da_core.memory_workspace import Workspace
+from lora_da_core.memory.activations import Activations
+from lora_da_core.memory.workspace import Workspace
 from lora_da_core.solving import batch_size
 from lora_da_core.types import LayerSpec
 

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lora_da_core.errors import OptionError
-from lora_da_core.memory_activations import BatchShape
+from lora_da_core.memory.activations import BatchShape
 from lora_da_core.sizing import SEARCH_SAMPLES
 
 TOKENS_PER_BATCH = 2048

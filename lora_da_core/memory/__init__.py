@@ -11,9 +11,9 @@ from torch import nn
 
 from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
-from lora_da_core.memory_division import Division, Limits, best_division
-from lora_da_core.memory_phases import PlanRow, by_phase, statistics_of
-from lora_da_core.memory_workload import Workload, parse_size, size_text
+from lora_da_core.memory.division import Division, Limits, best_division
+from lora_da_core.memory.phases import PlanRow, by_phase, statistics_of
+from lora_da_core.memory.workload import Workload, parse_size, size_text
 from lora_da_core.placement import model_device, resident_bytes
 from lora_da_core.types import StatisticsDevice
 
