@@ -610,7 +610,13 @@ def test_module_names(text, expected):
 
 def test_metavars_list_the_choices(world):
     text = " ".join(run(world, "init", "--help", env={"COLUMNS": "240"}).stdout.split())
-    for choices in ("labels|attention", "relative|absolute", "token_mean|sample", "fallback|warn|error", "auto|fixed"):
+    for choices in (
+        "labels | attention",
+        "relative | absolute",
+        "token_mean | sample",
+        "fallback | warn | error",
+        "auto | fixed",
+    ):
         assert choices in text
 
 
