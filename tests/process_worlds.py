@@ -81,7 +81,9 @@ class Worlds:
                 rank, *found = queue.get()
                 told[rank] = tuple(found)
             if time.monotonic() > until:
-                raise AssertionError(f"ranks {[r for r, p in enumerate(group) if p.is_alive()]} did not end")
+                raise AssertionError(
+                    f"ranks {[r for r, p in enumerate(group) if p.is_alive()]} did not end; of the others: {told}"
+                )
             time.sleep(0.01)
         del store
         return [Ending(*told.get(rank, (None, ""))[:2], process.exitcode, told.get(rank, (0, 0, 0.0))[2])

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter
-from lora_da_core.errors import OptionError
+from lora_da_core.errors import OptionError, RankError
 from lora_da_core.placement import resident_bytes
 from process_worlds import Worlds
 
@@ -182,7 +182,7 @@ def adapters() -> dict[str, Any]:
     ):
         try:
             attempt()
-        except OptionError as error:
+        except (OptionError, RankError) as error:  # its own, or what another process has told of its own
             refused.append(str(error))
     return {"written": written, "trains alike": same, "logits": logits, "refused": refused}
 
@@ -207,7 +207,7 @@ def limited() -> dict[str, Any]:
         try:
             result = pipeline.run(sharded(whole_model()), batches, lora(), max_memory=limit)
             runs[name] = {**described(result), "notes": result.report.notes}
-        except OptionError as error:
+        except (OptionError, RankError) as error:  # its own, or what another process has told of its own
             runs[name] = str(error)
     return runs
 
