@@ -16,7 +16,7 @@ PARTS = {
     "ablation": "grids of runs",
     "testing": "conformance kit",
     "cli progress": "command line",
-    "memory allocations live_bytes budget": "plan",
+    "memory live_bytes budget": "plan",
     "distributed world roll_call shares merging agreement custody placement sums_storage": "processes, offloading",
     "adapter": "PEFT",
     "cache storage sources data_files repeatability": "files",
@@ -25,7 +25,7 @@ PARTS = {
     "trainer regularization preferences numerics": "trainers, verification",
 }
 """What lies around the data flow, by the names of modules; the rest is the flow itself."""
-FAMILIES = ("adapter", "cache", "cli", "memory", "testing")
+FAMILIES = ("cache", "cli")
 """Parts whose modules begin alike."""
 FLOW = "data flow and contracts"
 _NO_CODE = {
