@@ -18,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 import lora_da_core
 from benchmarks.machine import write_json
+from lora_da_core.batches import to_device
+from lora_da_core.data import IGNORED
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data" / "word_problems.jsonl"
 PAD, START, END, FIRST = 0, 1, 2, 3
 HELD_OUT, BATCH, SAMPLES, RANK = 64, 16, 64, 4
-IGNORED = -100
 RATES = {"pretraining": 3e-3, "adapter": 5e-3}
 Batch = dict[str, Tensor]
 Pairs = list[tuple[str, str]]
@@ -145,8 +146,7 @@ def batches(letters: Letters, pairs: Pairs, family: Family, steps: int, seed: in
 
 def placed(batch: Batch, model: nn.Module) -> Batch:
     """The batch where the model is."""
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
+    return to_device(batch, next(model.parameters()).device)
 
 
 def trained(model: nn.Module, data: Iterator[Batch], rate: float) -> None:
@@ -177,13 +177,13 @@ class Setting:
     device: str = "cpu"
 
 
-def compared(name: str, setting: Setting, save: Callable[[PeftModel], Path]) -> dict[str, float]:
+def compared(name: str, setting: Setting, directory: Path) -> dict[str, float]:
     """Held-out losses of the base, at our start, and after training from both; and what reloading changes.
 
     Args:
         name: Of `FAMILIES`.
         setting: Steps and seed.
-        save: Saves the adapter and says where.
+        directory: Where the adapter is saved.
 
     Returns:
         Losses, seconds of the initialisation, and the largest difference of the reloaded adapter's logits.
@@ -210,7 +210,8 @@ def compared(name: str, setting: Setting, save: Callable[[PeftModel], Path]) -> 
             found["start"] = loss_of(model, held_out)
         trained(model, batches(letters, second, family, setting.steps, setting.seed + 2), RATES["adapter"])
         found[f"{start}, end"] = loss_of(model, held_out)
-    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), save(model))
+    model.save_pretrained(str(directory))
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), directory)
     with torch.no_grad():
         inputs = placed(held_out, model)
         difference = reloaded.eval()(**inputs).logits - model(**inputs).logits
@@ -236,18 +237,13 @@ def main() -> None:
         for seed in map(int, options.seeds.split(",")):
             with tempfile.TemporaryDirectory() as folder:
                 setting = Setting(options.pretraining, options.steps, seed, options.device)
-                runs.append(compared(name, setting, lambda model, at=folder: _saved(model, Path(at))))  # type: ignore[misc]
+                runs.append(compared(name, setting, Path(folder)))
         figures[name] = runs
         print(
             f"| {name} | {' | '.join(f'{statistics.fmean(run[key] for run in runs):.3g}' for key in keys)} |",
             flush=True,
         )
         write_json(options.output, figures)
-
-
-def _saved(model: PeftModel, directory: Path) -> Path:
-    model.save_pretrained(str(directory))
-    return directory
 
 
 if __name__ == "__main__":

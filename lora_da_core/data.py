@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lora_da_core.batches import TOKENS_PER_BATCH, filled
 from lora_da_core.data_files import check_data
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.sources import is_kind, local_path, looks_like_path, nearby, reason
@@ -322,7 +323,7 @@ def batches(
     *,
     pad_token_id: int,
     batch_size: int | None = None,
-    tokens_per_batch: int = 2048,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> list[dict[str, Tensor]]:
     """Pads samples of similar length together, the longest first so that a lack of memory shows at once.
 
@@ -341,14 +342,8 @@ def batches(
     for name, value in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value}; it must be at least 1.")
-    ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
-    result = []
-    at = 0
-    while at < len(ordered):
-        size = batch_size or max(1, tokens_per_batch // max(1, len(ordered[at]["input_ids"])))
-        result.append(padded(ordered[at : at + size], pad_token_id))
-        at += size
-    return result
+    parts = filled(samples, lambda sample: len(sample["input_ids"]), batch_size, tokens_per_batch)
+    return [padded(part, pad_token_id) for part in parts]
 
 
 def padded(samples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:

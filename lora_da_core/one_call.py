@@ -51,9 +51,9 @@ def get_lora_da_model(
     if adapter.is_peft_model(model):
         raise OptionError("the model is a PeftModel already; use initialize_lora_da_weights.")
     adapter.check_adapter_name(adapter_name)
-    if result is None and batches is not None:
+    if result is None:
+        assert batches is not None
         result = (pipeline or build_pipeline()).run(model, batches, peft_config)
-    assert result is not None
     fitted, start = get_lora_da_config(peft_config, result), result.report.config
     return adapter.apply(model, fitted, result.factors, adapter_name, offset=start["offset"], frozen=start["frozen"])
 

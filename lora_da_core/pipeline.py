@@ -169,14 +169,14 @@ class Pipeline:
         offload_dir: Path | str | None,
     ) -> tuple[Job, Sequence[Names]]:
         """The layers of each part, and the job with the place of its sums and what is to be said of the plan."""
-        most, directory = self.config.layers_per_pass, None if offload_dir is None else Path(offload_dir)
+        most = self.config.layers_per_pass
         if max_memory is not None:
             if most != "auto" or adapter_name != "default":
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
             plan = plan_within(self, model, peft_config, job, max_memory)
             logger.info("%s", plan_note(plan))
-            return stored(within(plan, job), plan.statistics_device, directory, plan.offloaded_bytes), plan.parts
-        job = stored(job, self.config.statistics_device, directory)
+            return stored(within(plan, job), plan.statistics_device, offload_dir, plan.offloaded_bytes), plan.parts
+        job = stored(job, self.config.statistics_device, offload_dir)
         if most == "auto" or most >= len(job.task.specs):
             return job, [[spec.name for spec in job.task.specs]]
         return job, divided_layers(input_groups(job.task, job.batches), most)
@@ -221,7 +221,7 @@ class Pipeline:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
             job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
-            job = stored(job, self.config.statistics_device, None if offload_dir is None else Path(offload_dir))
+            job = stored(job, self.config.statistics_device, offload_dir)
             task, first = job.task, job.batches
             found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
         return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)

@@ -77,8 +77,8 @@ class DiskStorage(SumsStorage):
         StorageError: No file can be made there, or less is free than is expected.
     """
 
-    def __init__(self, directory: Path | None = None, expected: int = 0) -> None:
-        self._directory = Path(tempfile.gettempdir()) if directory is None else directory
+    def __init__(self, directory: Path | str | None = None, expected: int = 0) -> None:
+        self._directory = Path(tempfile.gettempdir() if directory is None else directory)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._directory).free
@@ -144,7 +144,7 @@ class DiskStorage(SumsStorage):
         )
 
 
-def storage_at(place: StatisticsDevice, directory: Path | None = None, expected: int = 0) -> SumsStorage | None:
+def storage_at(place: StatisticsDevice, directory: Path | str | None = None, expected: int = 0) -> SumsStorage | None:
     """The storage of a place.
 
     Args:

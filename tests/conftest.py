@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -44,6 +45,17 @@ def oracle() -> Path:
 @pytest.fixture
 def tiny_llama() -> nn.Module:
     return make_tiny_llama()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two results of runs are the same but for the seconds."""
+    assert list(one.factors) == list(other.factors)
+    for name, pair in one.factors.items():
+        assert torch.equal(pair.A, other.factors[name].A) and torch.equal(pair.B, other.factors[name].B), name
+    for mine, theirs in zip(one.report.layers, other.report.layers, strict=True):
+        assert dataclasses.replace(mine, seconds=0.0) == dataclasses.replace(theirs, seconds=0.0)
+    for entry in ("samples", "label_tokens", "loss"):
+        assert getattr(one.report, entry) == getattr(other.report, entry)
 
 
 def make_tiny_llama(dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:

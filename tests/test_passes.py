@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import lora_da_core
-from conftest import make_batches, make_samples, make_tiny_llama
+from conftest import assert_same, make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, capture, rounds
 from lora_da_core.batches import cut
 from lora_da_core.budget import workload_of
@@ -31,16 +31,6 @@ def run(layers_per_pass: Any = "auto", model: nn.Module | None = None, **parts: 
     config = dataclasses.replace(parts.pop("config", FIXED), layers_per_pass=layers_per_pass)
     pipeline = lora_da_core.build_pipeline(config=config, **parts)
     return pipeline.run(model or make_tiny_llama(), make_batches(make_samples()), LORA)
-
-
-def assert_same(one: LoraDAResult, other: LoraDAResult) -> None:
-    assert list(one.factors) == list(other.factors)
-    for name, pair in one.factors.items():
-        assert torch.equal(pair.A, other.factors[name].A) and torch.equal(pair.B, other.factors[name].B), name
-    for mine, theirs in zip(one.report.layers, other.report.layers, strict=True):
-        assert dataclasses.replace(mine, seconds=0.0) == dataclasses.replace(theirs, seconds=0.0)
-    for entry in ("samples", "label_tokens", "loss"):
-        assert getattr(one.report, entry) == getattr(other.report, entry)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_da_core
-from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, LoraDAError, LoraDAResult, OptionError, StorageError, rounds
+from conftest import assert_same, make_batches, make_samples, make_tiny_llama
+from lora_da_core import LoraDAConfig, LoraDAError, OptionError, StorageError, rounds
 from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.memory import Plan, estimate_memory
@@ -70,14 +70,6 @@ def llama(**shape: Any) -> nn.Module:
 
 def data() -> list[dict[str, Tensor]]:
     return make_batches(make_samples())
-
-
-def assert_same(one: LoraDAResult, other: LoraDAResult) -> None:
-    assert list(one.factors) == list(other.factors)
-    for name, pair in one.factors.items():
-        assert torch.equal(pair.A, other.factors[name].A) and torch.equal(pair.B, other.factors[name].B), name
-    for mine, theirs in zip(one.report.layers, other.report.layers, strict=True):
-        assert dataclasses.replace(mine, seconds=0.0) == dataclasses.replace(theirs, seconds=0.0)
 
 
 # The same numbers

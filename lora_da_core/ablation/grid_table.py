@@ -129,7 +129,7 @@ class Expansion:
         preset: Preset = self._try(lambda: self.registry.resolve("preset", name))
         given = {name: value for name, value in chosen.items() if name in CONFIG_AXES}
         config = self._try(lambda: replace(preset.config, **{**_scaling(given), "seed": seed, "samples": None}))
-        gamma = None if config.rule in ("auto", "unit") else config.fixed_gamma
+        gamma = None if config.rule in _WITHOUT_GAMMA else config.fixed_gamma
         config = replace(config, gamma=gamma, scale=config.rule)
         samples = chosen.get("samples", self.run.samples)
         self._try(lambda: whole("samples", samples, 1))

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.batches import to_device
+from lora_da_core.batches import filled, to_device
 from lora_da_core.data import Rows, Sample, TextOptions, encode_text, padded
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.interfaces import Objective
@@ -17,7 +17,6 @@ from lora_da_core.types import Batch
 
 CHOSEN: Final = "chosen"
 REJECTED: Final = "rejected"
-TOKENS_PER_BATCH: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -158,13 +157,8 @@ def pair_batches(pairs: Sequence[Pair], pad_token_id: int, batch_size: int | Non
     Returns:
         As `pair_batch` makes them.
     """
-    ordered = sorted(pairs, key=lambda pair: -pair.length)
-    found = []
-    while ordered:
-        size = batch_size or max(1, TOKENS_PER_BATCH // (2 * ordered[0].length))
-        found.append(pair_batch(ordered[:size], pad_token_id))
-        ordered = ordered[size:]
-    return found
+    parts = filled(pairs, lambda pair: 2 * pair.length, batch_size)
+    return [pair_batch(part, pad_token_id) for part in parts]
 
 
 def completed(pairs: Sequence[Pair], objective: Objective[Any], model: nn.Module, pad_token_id: int) -> list[Pair]:

@@ -6,12 +6,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+from lora_da_core.batches import TOKENS_PER_BATCH
 from lora_da_core.errors import OptionError
 from lora_da_core.memory.activations import BatchShape
 from lora_da_core.sizing import SEARCH_SAMPLES
-
-TOKENS_PER_BATCH = 2048
-"""Tokens of a batch where no batch size is given, as `lora-da init` fills them."""
 
 _UNITS = {"B": 1, "KB": 10**3, **{f"{p}B": 1000**n for n, p in enumerate("kMGTP", 1)}}
 _UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGTP", 1)}
