@@ -401,6 +401,9 @@ class _Run:
         ledger, kind, module = self._batch, KINDS[self.specs[name].kind], self.task.modules[name]
         uses, blocks, gradients = zip(*ledger.waiting.pop(name), strict=True)
         rows = [kind.rows(module, x.detach(), g) for x, g in zip(blocks, gradients, strict=True)]
+        # Where hooks move what a layer is given, its inputs are still on the device that they come from.
+        place = self.task.device_of(name)
+        rows = [(x.to(place), None if g is None else g.to(place)) for x, g in rows]
         inputs = _joined([x for x, _ in rows])
         output_grads = _joined([g if self._scale == 1 else g.float() / self._scale for _, g in rows if g is not None])
         assert inputs is not None
@@ -415,7 +418,11 @@ class _Run:
         assert self._batch is not None
         layer, ledger = self.statistics.layers[name], self._batch
         key = ledger.key_of(name, records)
-        group = self._group(layer, key, ledger.leader_of(name, key, records[0].leader))
+        leader = ledger.leader_of(name, key, records[0].leader)
+        if self.task.device_of(leader) != self.task.device_of(name):
+            # What layers share lies on one device; those on another share among themselves.
+            key, leader = (*key, f"on {inputs.device}"), name
+        group = self._group(layer, key, leader)
         example = places.example.to(inputs.device)
         if self._takes_gradient and layer.gradient is not None:
             with self._blamed("gradient", name):

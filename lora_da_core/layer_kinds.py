@@ -105,8 +105,8 @@ class RowWise(LayerKind):
         return inputs.flatten(0, -2), None if output_grads is None else output_grads.flatten(0, -2)
 
     def changed(self, module: nn.Module, output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
-        rows = inputs.flatten(0, -2).to(change.dtype)
-        return output + change.apply_to_rows(rows).reshape(output.shape).to(output.dtype)
+        rows = inputs.flatten(0, -2).to(change.device, change.dtype)
+        return output + change.apply_to_rows(rows).reshape(output.shape).to(output)
 
 
 class Convolution(LayerKind):
@@ -132,9 +132,9 @@ class Convolution(LayerKind):
         return self._patches(module, inputs), grads
 
     def changed(self, module: nn.Module, output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
-        rows = change.apply_to_rows(self._patches(module, inputs).to(change.dtype))
+        rows = change.apply_to_rows(self._patches(module, inputs).to(change.device, change.dtype))
         images, channels, *size = output.shape
-        return output + rows.reshape(images, -1, channels).mT.reshape(images, channels, *size).to(output.dtype)
+        return output + rows.reshape(images, -1, channels).mT.reshape(images, channels, *size).to(output)
 
     @staticmethod
     def _patches(module: Any, inputs: Tensor) -> Tensor:
@@ -172,8 +172,8 @@ class Embedding(LayerKind):
         return places, grads
 
     def changed(self, module: nn.Module, output: Tensor, inputs: Tensor, change: LinearMap) -> Tensor:
-        rows = change.apply_to_rows(inputs.flatten()) * _embed_scale(module)
-        return output + rows.reshape(output.shape).to(output.dtype)
+        rows = change.apply_to_rows(inputs.flatten().to(change.device)) * _embed_scale(module)
+        return output + rows.reshape(output.shape).to(output)
 
 
 def _embed_scale(module: nn.Module) -> float:

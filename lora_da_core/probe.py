@@ -174,7 +174,7 @@ class LowRankProbe(LossProbe):
         use = Use(name, ledger.input_of(call.inputs, name, kind.reading(module)), call.routed)
         counted = ledger.places(use, len(rows)).counted
         rows = rows if counted is None else rows[counted.to(rows.device)]
-        rows = rows.to(basis.dtype)
+        rows = rows.to(basis.device, basis.dtype)
         found = torch.stack([rows.square().sum(), (rows @ basis).square().sum()])
         sums[name] += found.double().cpu()
 

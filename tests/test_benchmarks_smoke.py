@@ -255,4 +255,5 @@ def test_places_of_sums_are_compared(figures: Any) -> None:
         statistics_device, *shape, "--samples", "4", "--length", "16", "--batch", "2", "--max-memory", "1GiB"
     )
     assert [row["planned_place"] for row in found["rows"]] == ["device", "device", "disk", "device"]
-    assert all(row["same_bits"] for row in found["rows"]) and found["rows"][2]["offloaded"] > 0
+    assert all(row["largest_difference"] == 0.0 for row in found["rows"]) and found["rows"][2]["offloaded"] > 0
+    assert [row.get("same_sums") for row in found["rows"]] == [True, True, True, None]

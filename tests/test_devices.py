@@ -23,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, LoraDAResult, ModelError
+from lora_da_core.operators import LowRankMap
+from lora_da_core.probe import LowRankProbe
 
 DEVICE = torch.device(os.environ.get("LORA_DA_TEST_DEVICE", "cpu"))
 LORA = LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj", "down_proj"])
@@ -95,6 +97,28 @@ def test_layers_on_two_devices_give_what_one_gives(place: Callable[[Any], None],
     print(f"{place.__name__} beside {DEVICE}, {estimator}: angle {angle:.1e}, product {product:.1e}")
     assert max(angle, product) < ANGLE
     assert [(name, parameter.device) for name, parameter in model.named_parameters()] == before
+
+
+@pytest.mark.parametrize("place", [on_the_host, kept_by_the_host])
+def test_layers_on_two_devices_are_changed_where_they_compute(place: Callable[[Any], None]) -> None:
+    losses = []
+    for put in (place, lambda model: None):
+        model = model_of().to(DEVICE)
+        put(model)
+        task = lora_da_core.build_pipeline().estimate(model, BATCHES, LORA).task
+        draw = torch.Generator().manual_seed(0)
+        steps = {
+            spec.name: [
+                torch.randn(size, 2, generator=draw).to(task.device_of(spec.name))
+                for size in (spec.out_features, spec.in_features)
+            ]
+            for spec in task.specs
+        }
+        changes = {name: LowRankMap(0.1 * left, right) for name, (left, right) in steps.items()}
+        with LowRankProbe(task, BATCHES, pytest.fail) as probe:
+            losses.append(probe.losses(changes).cpu() - probe.losses({}).cpu())
+    assert losses[1].abs().min() > 1e-2
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
 def with_a_stray_layer() -> Any:
