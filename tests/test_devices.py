@@ -117,7 +117,7 @@ def test_layers_on_two_devices_are_changed_where_they_compute(place: Callable[[A
         changes = {name: LowRankMap(0.1 * left, right) for name, (left, right) in steps.items()}
         with LowRankProbe(task, BATCHES, pytest.fail) as probe:
             losses.append(probe.losses(changes).cpu() - probe.losses({}).cpu())
-    assert losses[1].abs().min() > 1e-2
+    assert losses[1].abs().max() > 0.1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
 
 
