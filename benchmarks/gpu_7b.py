@@ -144,6 +144,11 @@ def _plan(model: Any, batches: Any, lora: LoraConfig, pipeline: Any, limit: str)
     found = {
         "peak_gib": plan.peak_bytes / GIB,
         "passes": plan.passes,
+        "schedule": plan.schedule,
+        "parts": len(plan.parts),
+        "hidden_states": plan.hidden_states,
+        "hidden_gib": plan.hidden_bytes / GIB,
+        "waiting_gib": plan.waiting_bytes / GIB,
         "layers_per_pass": plan.layers_per_pass,
         "batch_size": plan.batch_size,
         "relative_time": plan.relative_time,

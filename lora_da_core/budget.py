@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.batches import cut
+from lora_da_core.capture import SweepSettings
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Job
 from lora_da_core.memory import Plan, estimate_memory
@@ -58,6 +59,8 @@ def plan_within(
     peft_config: LoraConfig | None,
     job: Job,
     max_memory: int | str,
+    *,
+    by_block: bool = True,
 ) -> Plan:
     """The plan that keeps a run within a limit and takes least time.
 
@@ -67,6 +70,7 @@ def plan_within(
         peft_config: As `Pipeline.run` takes it.
         job: What will run.
         max_memory: Bytes, or a size such as `24GiB`.
+        by_block: Whether one process may run blocks again, part by part.
 
     Returns:
         The plan, the same on all processes.
@@ -84,6 +88,7 @@ def plan_within(
         workload=workload_of(job.batches),
         max_memory=max_memory,
         host_memory=None if job.task.device.type == "cpu" else host_memory(job.task.world),
+        by_block=by_block and job.task.world.size == 1,
     )
     if not plan.fits:
         assert plan.max_memory is not None, "what has no limit fits"
@@ -149,9 +154,12 @@ def resident_within(
 
 
 def within(plan: Plan, job: Job) -> Job:
-    """The job in batches of the plan's size, with a note of what was planned."""
+    """The job in batches of the plan's size and in its order, with a note of what was planned."""
+    sweep = None if plan.hidden_states == "none" else SweepSettings(plan.hidden_states, plan.head_alone)
     return replace(
         job,
+        task=replace(job.task, sweep=sweep),
+        waiting_bytes=plan.waiting_bytes,
         batches=cut(job.batches, plan.batch_size, plan.batch_tokens),
         later=[cut(batches, plan.batch_size, plan.batch_tokens) for batches in job.later],
         unseen=cut(job.unseen, plan.batch_size, plan.batch_tokens),
@@ -163,8 +171,11 @@ def plan_note(plan: Plan) -> str:
     """One sentence for the report: what was planned for the limit."""
     away = plan.offloaded_bytes
     elsewhere = f", and {size_text(away)} of statistics on the {plan.statistics_device}" if away else ""
+    order = f"{plan.passes} passes over the data of a round"
+    if plan.schedule == "blocks":
+        kept = f"{size_text(plan.hidden_bytes)} of hidden states on the {plan.hidden_states}"
+        order = f"one sweep over the data of a round in {len(plan.parts)} parts of blocks with {kept}"
     return (
         f"planned for a limit of {size_text(plan.max_memory or 0)}: at most {plan.layers_per_pass} of {plan.layers} "
-        f"layers and {plan.batch_tokens} tokens at a time, {plan.passes} passes over the data of a round, a peak of "
-        f"{size_text(plan.peak_bytes)}{elsewhere}"
+        f"layers and {plan.batch_tokens} tokens at a time, {order}, a peak of {size_text(plan.peak_bytes)}{elsewhere}"
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,8 +40,24 @@ from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec, TokenMask
 from lora_da_core.world import ALONE, World
 
+HiddenStates = Literal["device", "host"]
+"""Where hidden states lie while parts of blocks are run again."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, what is done and what there is to do."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How parts of blocks are run in one sweep over the data, in the place of a pass for each.
+
+    Attributes:
+        hidden_states: Where hidden states lie meanwhile.
+        head_alone: Whether what follows the blocks is run before the first part; else together with it.
+    """
+
+    hidden_states: HiddenStates = "device"
+    head_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,8 @@ class CaptureTask:
     """Which process keeps the sums of which layer; None where every one gets all of them."""
     storage: SumsStorage | None = None
     """Where sums lie between updates; None where they stay on their layers' devices."""
+    sweep: SweepSettings | None = None
+    """How parts of the layers are run in one sweep; None where each takes a pass."""
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +150,7 @@ def collect(
         TargetError: A layer never ran.
         PluginError: An accumulator raised.
     """
-    run = _Run(task, generator)
+    run = Run(task, generator)
     share = _share(task, batches)
     done, total = 0, task.estimator.passes * (len(share.batches) + len(share.idle))
     checkpointing = recomputing(task.model) if task.needs_backward else contextlib.nullcontext()
@@ -161,8 +179,8 @@ def _share(task: CaptureTask, batches: Sequence[Batch]) -> Share:
     return replace(share, drawn=torch.cat([task.objective.draw_counts(batch).cpu() for batch in batches]))
 
 
-class _Run:
-    """The state of one `collect`: hooks, the current batch, and where its tokens go."""
+class Run:
+    """The statistics of some layers while they are taken: taps, the current batch, and where its tokens go."""
 
     def __init__(self, task: CaptureTask, generator: torch.Generator) -> None:
         self.task = task
@@ -239,9 +257,10 @@ class _Run:
 
     def taps(self) -> AbstractContextManager[None]:
         """Taps on every layer, removed whatever happens."""
-        return watched(self.task.modules, (*self.task.specs, *self.task.beside), self._tap)
+        return watched(self.task.modules, (*self.task.specs, *self.task.beside), self.tap)
 
-    def _tap(self, call: Call) -> Tensor:
+    def tap(self, call: Call) -> Tensor:
+        """Gives a layer's output on, tapped where its statistics are taken."""
         name, output, ledger = call.layer, call.output, self._batch
         kind, module = KINDS[self.specs[name].kind], self.task.modules[name]
         if name in self.task.changes:
@@ -293,6 +312,34 @@ class _Run:
             for draw in draws:
                 self._differentiate(draw, samples, mask_of)
 
+    def again(self, number: int, batch: Batch, differentiate: Callable[[], None]) -> None:
+        """Takes statistics from a part of the model that is run again, and differentiated, on a batch.
+
+        Args:
+            number: The batch's number.
+            batch: A batch with labels, as `batch` was given it.
+            differentiate: Runs the part forward and backward.
+        """
+        part = labelled_part(self.task.objective, batch)
+        assert part is not None, "whose forward pass was run had labels"
+        self._pass, self._number, self._idle = 0, number, False
+        self._takes_gradient = not self.task.gradient.forward_only
+        self._takes_inputs = self._takes_fisher = True
+        with self._taking(len(part["labels"]), self._mask_of(part)), torch.enable_grad():
+            differentiate()
+
+    @contextlib.contextmanager
+    def _taking(self, samples: int, mask_of: Callable[[str, int], Tensor]) -> Iterator[None]:
+        """Within it, tokens of one batch are taken."""
+        self._batch = TokenLedger(samples, mask_of, self._device)
+        try:
+            yield
+            for name in list(self._batch.waiting):
+                self._flush(name)
+            self._check_gradients()
+        finally:
+            self._batch = None
+
     def _mask_of(self, part: Batch) -> Callable[[str, int], Tensor]:
         """The token masks of a batch; the objective is asked once for each number of tokens, or for each layer."""
         known: dict[tuple[str, int], Tensor] = {}
@@ -310,27 +357,24 @@ class _Run:
     def _differentiate(
         self, losses_of: Callable[[], Tensor], samples: int, mask_of: Callable[[str, int], Tensor]
     ) -> Tensor:
-        self._batch = TokenLedger(samples, mask_of, self._device)
-        try:
-            with torch.set_grad_enabled(self.task.needs_backward), self._weights_reloaded():
-                with self._blamed("objective"):
-                    losses = losses_of()
-                if not isinstance(losses, Tensor) or losses.shape != (samples,):
-                    returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses)}"
-                    raise PluginError(
-                        f"objective {self.task.objective.name!r} returned losses of {returned} "
-                        f"for {samples} samples in batch {self._number}; it must be one loss per sample."
-                    )
-                if not bool(losses.isfinite().all()):
-                    raise self._not_finite(losses_of, losses)
-                if self.task.needs_backward and self._has_graph(losses):
-                    (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]
-            for name in list(self._batch.waiting):
-                self._flush(name)
-            self._check_gradients()
-            return losses
-        finally:
-            self._batch = None
+        with (
+            self._taking(samples, mask_of),
+            torch.set_grad_enabled(self.task.needs_backward),
+            self._weights_reloaded(),
+        ):
+            with self._blamed("objective"):
+                losses = losses_of()
+            if not isinstance(losses, Tensor) or losses.shape != (samples,):
+                returned = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"type {type(losses)}"
+                raise PluginError(
+                    f"objective {self.task.objective.name!r} returned losses of {returned} "
+                    f"for {samples} samples in batch {self._number}; it must be one loss per sample."
+                )
+            if not bool(losses.isfinite().all()):
+                raise self._not_finite(losses_of, losses)
+            if self.task.needs_backward and self._has_graph(losses):
+                (losses.sum() * self._scale).backward()  # type: ignore[no-untyped-call]
+        return losses
 
     def _weights_reloaded(self) -> AbstractContextManager[None]:
         return offloaded_weights_reloaded(self.task.model) if self._offloads else contextlib.nullcontext()

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_da_core import capture
 from lora_da_core.batches import to_device
 from lora_da_core.blame import blamed
+from lora_da_core.block_sweep import BlockSweep
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.custody import Custody
 from lora_da_core.errors import DataError, PluginError
@@ -111,6 +112,8 @@ class Job:
         notes: What was assumed or is doubtful.
         later: The batches of further rounds, round by round.
         unseen: Batches that nothing is estimated from, for the line search; may be empty.
+        waiting_bytes: Of float64 operators that may wait for a batched solve on an accelerator; None for as many as
+            pay.
     """
 
     task: CaptureTask
@@ -118,6 +121,7 @@ class Job:
     notes: tuple[str, ...]
     later: Sequence[Sequence[Batch]] = ()
     unseen: Sequence[Batch] = ()
+    waiting_bytes: int | None = None
 
 
 def estimate(
@@ -127,6 +131,7 @@ def estimate(
     on_progress: Progress | None = None,
     gradient_sums: Mapping[str, Mapping[str, Tensor]] | None = None,
     look_twice: bool = True,
+    sweep: BlockSweep | None = None,
 ) -> Estimates:
     """Runs every pass over the data and makes the gradients.
 
@@ -137,11 +142,13 @@ def estimate(
         on_progress: Told of every batch.
         gradient_sums: What `forward_gradients` gave, for a gradient that comes from forward passes; None makes it here.
         look_twice: Whether a few samples are run twice first, to tell of a model that does not repeat.
+        sweep: What the statistics come from instead of a pass of their own; the layers are one of its parts.
 
     Returns:
         The estimates; the model is left as found.
 
     Raises:
+        BlockFault: The model does not run block by block, as the sweep runs it.
         DataError: A layer has fewer counted tokens than its rank.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -149,7 +156,10 @@ def estimate(
     # Later rounds run the same model; only the changes on its outputs differ.
     doubts = model_notes(task, batches) if look_twice and not task.changes else []
     task = _in_custody(task, batches)
-    statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
+    if sweep is None:
+        statistics = capture.collect(task, batches, generator=generator, on_progress=on_progress)
+    else:
+        statistics = sweep.collect(task, on_progress)
     middle = time.perf_counter()
     notes = [*doubts, *check_tokens(task.specs, statistics)]
     if task.gradient.forward_only:

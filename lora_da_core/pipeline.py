@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_da_core.blame import blamed, shortage_named
+from lora_da_core.block_sweep import PASSES_INSTEAD, fault
 from lora_da_core.budget import plan_note, plan_within, stored, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
@@ -174,6 +175,13 @@ class Pipeline:
             if most != "auto" or adapter_name != "default":
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
             plan = plan_within(self, model, peft_config, job, max_memory)
+            if plan.schedule == "blocks":
+                # On the data as they come: what is tried does not depend on batches.
+                wrong = fault(job.task, job.batches)
+                if wrong is not None:
+                    job = replace(job, notes=(*job.notes, f"{PASSES_INSTEAD}: {wrong}"))
+                    logger.warning("%s", job.notes[-1])
+                    plan = plan_within(self, model, peft_config, job, max_memory, by_block=False)
             logger.info("%s", plan_note(plan))
             return stored(within(plan, job), plan.statistics_device, offload_dir, plan.offloaded_bytes), plan.parts
         job = stored(job, self.config.statistics_device, offload_dir)

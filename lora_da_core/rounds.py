@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.blame import is_out_of_memory, reason_of
+from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep
+from lora_da_core.blocks import BlockFault
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
 from lora_da_core.config import LoraDAConfig
@@ -23,7 +25,7 @@ from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.shares import owners_of
-from lora_da_core.solving import LayerSolution, LayerSolver, PreparedLayer, batch_size
+from lora_da_core.solving import WAITING_BYTES, LayerSolution, LayerSolver, PreparedLayer, batch_size
 from lora_da_core.types import Batch, LayerSpec
 from lora_da_core.wide_products import full_float32
 from lora_da_core.world import World
@@ -100,6 +102,17 @@ class Round:
     loss_sum: float
     allocation: Mapping[str, Any] = field(default_factory=dict)
 
+    def in_order(self, names: Names) -> Round:
+        """The same with its layers in the order of `names`, which may be more."""
+        specs = {spec.name: spec for spec in self.specs}
+        return replace(
+            self,
+            specs=tuple(specs[name] for name in names if name in specs),
+            solutions={name: self.solutions[name] for name in names if name in self.solutions},
+            tokens={name: self.tokens[name] for name in names if name in self.tokens},
+            gradient={name: self.gradient[name] for name in names if name in self.gradient},
+        )
+
     def with_layers_of(self, other: Round) -> Round:
         """The layers of both; they come from the same samples."""
         return replace(
@@ -146,6 +159,8 @@ class Rounds:
         self._allocation = None if allocator is None else Allocation(registry, allocator, specs)
         self._parts: list[Names] = [[spec.name for spec in specs]]
         self._replanned = False
+        self._sweep: BlockSweep | None = None
+        self._waiting_bytes = WAITING_BYTES
 
     def first(self, job: Job, parts: Sequence[Names]) -> Round:
         """The first round; later ones take its layers and ranks over.
@@ -160,7 +175,7 @@ class Rounds:
         Raises:
             LoraDAError: Memory ran out, and again with half as many layers at a time.
         """
-        self._parts = list(parts)
+        self._parts, self._waiting_bytes = list(parts), job.waiting_bytes or WAITING_BYTES
         return self._at_ranks(self._round(job.task, job.batches, 0))
 
     def first_of(self, estimates: Estimates) -> Round:
@@ -194,6 +209,9 @@ class Rounds:
     def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
         """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
         seed, gradients = self._config.seed + number, None
+        # What is left after memory ran out may be parts of blocks.
+        by_block = task.sweep is not None and not self._replanned
+        self._sweep = BlockSweep(task, batches, self._parts) if by_block else None
         found: list[Round] = []
         done: list[Names] = []
         left: Sequence[Names] = self._parts
@@ -211,12 +229,13 @@ class Rounds:
                 if not is_out_of_memory(error) or task.world.size > 1:
                     raise
                 reason = reason_of(error)
+                self._sweep = None
             # Only here, where the error no longer holds what the attempt had in memory.
             left = self._halved(task, batches, left, reason)
         whole = functools.reduce(Round.with_layers_of, found)
         solved = ([name for name in part if name in whole.solutions] for part in done)
-        self._parts = [part for part in solved if part]
-        return replace(whole, specs=tuple(spec for spec in task.specs if spec.name in whole.solutions))
+        self._parts, self._sweep = [part for part in solved if part], None
+        return whole.in_order([spec.name for spec in task.specs])
 
     def _part(
         self,
@@ -235,7 +254,16 @@ class Rounds:
         seed = self._config.seed + number
         # Of the parts of a run the first one tells whether the model repeats.
         look_twice = names == self._parts[0]
-        compute = functools.partial(estimate, part, batches, seed, self._on_progress, gradients, look_twice)
+
+        def compute() -> Estimates:
+            if self._sweep is not None:
+                try:
+                    return estimate(part, batches, seed, self._on_progress, gradients, look_twice, self._sweep)
+                except BlockFault as fault:
+                    reason, self._sweep = str(fault), None
+                self._record.note(f"{PASSES_INSTEAD}: {reason}")
+            return estimate(part, batches, seed, self._on_progress, gradients, look_twice)
+
         # What later rounds see depends on the steps of the earlier ones.
         estimates = compute() if number else self._keep(part, batches, compute)
         self._record.count(estimates.seconds)
@@ -338,7 +366,7 @@ class Rounds:
                 alike = waiting.setdefault((spec.in_features, spec.rank, prepared.step.dtype, device), [])
                 alike.append(prepared)
                 del prepared  # or the layer would live on while the next one is prepared
-                if len(alike) >= batch_size(spec, device):
+                if len(alike) >= batch_size(spec, device, self._waiting_bytes):
                     flush(alike)
             statistics.forget_shared(names[0])
         for alike in waiting.values():

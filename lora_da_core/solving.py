@@ -32,11 +32,11 @@ NORM_TOLERANCE = 1e-3
 σ only scales a layer's solution, and the vector that belongs to it is not used.
 """
 
-BATCH_BYTES = 2**33
+WAITING_BYTES = 2**33
 """Bytes of float64 operators that may wait for a batched solve on an accelerator."""
 
 
-def batch_size(spec: LayerSpec, device: torch.device) -> int:
+def batch_size(spec: LayerSpec, device: torch.device, waiting: int = WAITING_BYTES) -> int:
     """How many layers like this one are solved together.
 
     A CPU gains nothing from it; an accelerator is busy with one skinny product for less time than it takes to launch
@@ -45,13 +45,14 @@ def batch_size(spec: LayerSpec, device: torch.device) -> int:
     Args:
         spec: A layer.
         device: Where its operators are.
+        waiting: Bytes of float64 operators that may wait.
 
     Returns:
         At least 1.
     """
     if device.type == "cpu":
         return 1
-    return int(max(1, BATCH_BYTES // (8 * spec.in_features * (2 * spec.in_features + spec.out_features))))
+    return int(max(1, waiting // (8 * spec.in_features * (2 * spec.in_features + spec.out_features))))
 
 
 @dataclass(frozen=True)

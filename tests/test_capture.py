@@ -253,7 +253,7 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         task = CaptureTask(
             model, targets.modules, targets.specs, parts.objective, parts.estimator, parts.gradient, "attention"
         )
-        run = capture._Run(task, torch.Generator())
+        run = capture.Run(task, torch.Generator())
         if label == "forward":
             assert not task.needs_backward
             with run.taps():

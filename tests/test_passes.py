@@ -203,14 +203,14 @@ def test_a_shortage_within_a_pass_leaves_the_model_as_found(monkeypatch: pytest.
     model = make_tiny_llama().train()
     before = [(module.training, len(module._forward_hooks)) for module in model.modules()]
     failures = iter([MemoryError()])
-    update = capture._Run._accumulate
+    update = capture.Run._accumulate
 
     def failing(*args: Any) -> None:
         for error in failures:
             raise error
         update(*args)
 
-    monkeypatch.setattr(capture._Run, "_accumulate", failing)
+    monkeypatch.setattr(capture.Run, "_accumulate", failing)
     found = run(model=model)
     assert any("memory ran out" in note for note in found.report.notes)
     assert [(module.training, len(module._forward_hooks)) for module in model.modules()] == before

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+from lora_da_core.block_sweep import PASSES_INSTEAD
 from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
 from lora_da_core.memory.division import Division, Limits, best_division
+from lora_da_core.memory.layers import PlannedModel
 from lora_da_core.memory.phases import PlanRow, by_phase, statistics_of
 from lora_da_core.memory.workload import Workload, parse_size, size_text
-from lora_da_core.placement import model_device, resident_bytes
+from lora_da_core.placement import model_device
 from lora_da_core.types import StatisticsDevice
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Plan:
     Attributes:
         peak_bytes: Most bytes at a time: of the phase that takes most.
         passes: How often the data is read.
+        schedule: `passes` where each part of the layers takes a pass over the data; `blocks` where one sweep takes all,
+            in which parts of the model's blocks are run again, the last ones first.
         seconds: Time of these passes at the throughput that was given; None where none was. A pass that taps some of
             the layers takes less than one that taps all.
         relative_time: What these passes take, in units of one over all layers with sums on the device; moving sums and
@@ -40,8 +44,13 @@ class Plan:
         statistics_device: Where they lie while no layer adds to them or is solved: `device`, `host` or `disk`.
         offloaded_bytes: Most bytes of them at a time that are on the host or on disk; 0 where they are on the device.
         layers: How many layers are adapted.
-        layers_per_pass: How many of them at most have their statistics taken in one pass.
-        parts: The names of the layers of each pass.
+        layers_per_pass: How many of them at most have their statistics taken at a time.
+        parts: The names of the layers of each part.
+        hidden_states: Where hidden states lie between the parts of a sweep: `device`, `host`, or `none` where there is
+            no sweep.
+        hidden_bytes: Most bytes of them at a time.
+        head_alone: Whether what follows the blocks is run before the first part of a sweep, else together with it.
+        waiting_bytes: Most bytes of float64 operators that wait for a batched solve on an accelerator.
         batch_size: Samples of the greatest length in a batch: the workload's, or fewer where the limit asks for it.
         batch_tokens: The tokens of such a batch.
         max_memory: The limit that was given.
@@ -52,6 +61,7 @@ class Plan:
 
     peak_bytes: int
     passes: int
+    schedule: Literal["passes", "blocks"]
     seconds: float | None
     relative_time: float
     tokens: int
@@ -62,6 +72,10 @@ class Plan:
     layers: int
     layers_per_pass: int
     parts: tuple[tuple[str, ...], ...]
+    hidden_states: Literal["device", "host", "none"]
+    hidden_bytes: int
+    head_alone: bool
+    waiting_bytes: int
     batch_size: int
     batch_tokens: int
     max_memory: int | None
@@ -105,6 +119,7 @@ def estimate_memory(
     max_memory: int | str | None = None,
     host_memory: int | None = None,
     throughput: float | None = None,
+    by_block: bool = True,
 ) -> Plan:
     """Plans a run from the model's shapes; neither its weights nor data are read, so it may be on the meta device.
 
@@ -122,6 +137,8 @@ def estimate_memory(
             batches cut into smaller ones, and sums kept on the host or on disk, as takes least time.
         host_memory: Bytes that the host has for statistics of an accelerator; None takes it to have enough.
         throughput: Tokens per second of a pass over all layers, as measured on that device.
+        by_block: Whether blocks may be run again, part by part, in one sweep over the data; else every part of the
+            layers takes a pass.
 
     Returns:
         The plan; with a limit that nothing meets, the smallest there is, with a note.
@@ -135,33 +152,50 @@ def estimate_memory(
     for name, value in (("max_memory", limit), ("throughput", throughput)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} is {value}; it must be above 0.")
-    from lora_da_core.adapter import base_of
-
     limits = Limits(limit, host_memory)
-    found = best_division(model, peft_config, pipeline, workload or Workload(), _device_of(model, device), limits)
-    layers, parts = found.layers, found.parts
+    planned = PlannedModel(model, peft_config, pipeline, workload or Workload(), _device_of(model, device))
+    found = best_division(planned, limits, by_block=by_block)
+    layers, parts, sweep = found.layers, found.parts, found.sweep
     each = pipeline.components.estimator.passes
     units = each * found.relative_time
     return Plan(
         peak_bytes=found.peak,
-        passes=each * len(parts),
+        passes=each * found.passes,
+        schedule="passes" if sweep is None else "blocks",
         seconds=None if throughput is None else units * layers.workload.total / throughput,
         relative_time=units,
         tokens=layers.workload.total,
-        weights=resident_bytes(base_of(model)),
+        weights=planned.weights,
         statistics_bytes=statistics_of(layers.groups),
         statistics_device=found.place,
         offloaded_bytes=found.offloaded,
         layers=len(layers.specs),
         layers_per_pass=max(sum(map(len, part)) for part in parts),
         parts=tuple(tuple(layer.spec.name for group in part for layer in group) for part in parts),
+        hidden_states="none" if sweep is None else sweep.hidden_states,
+        hidden_bytes=found.hidden_bytes,
+        head_alone=sweep is not None and sweep.head_alone,
+        waiting_bytes=found.waiting,
         batch_size=layers.workload.batch.samples,
         batch_tokens=layers.workload.batch.samples * layers.workload.batch.tokens,
         max_memory=limit,
         fits=found.fits,
         rows=tuple(found.rows),
-        notes=(*layers.notes, *(() if found.fits else (_advice(found),))),
+        notes=(*planned.notes, *_why_passes(found, by_block), *(() if found.fits else (_advice(found),))),
     )
+
+
+def _why_passes(found: Division, by_block: bool) -> tuple[str, ...]:
+    """Why a limit makes several passes over the data."""
+    if found.limits.device is None or found.passes == 1 or not by_block:
+        return ()
+    planned = found.layers.planned
+    reason = planned.obstacle or (
+        "its layers are in no list of blocks that can be run by themselves"
+        if found.layers.groups_by_block is None
+        else "single blocks take more than the limit"
+    )
+    return (f"{PASSES_INSTEAD}: {reason}",)
 
 
 def _device_of(model: nn.Module, device: str | torch.device | None) -> torch.device:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
+from lora_da_core.blocks import BlockCall, BlockFault, Blocks, followed, tensors_in
 from lora_da_core.live_bytes import Allocations
 from lora_da_core.operators import accumulation_dtype
 from lora_da_core.placement import copied_tree
@@ -34,6 +36,39 @@ class BatchShape:
 
 
 @dataclass
+class BlockBytes:
+    """What a batch was found to take, followed from block to block; all bytes are beyond weights and statistics.
+
+    Attributes:
+        entries: Alive when each block starts, and when the last one is done.
+        peaks: By block, most while it runs forward or backward.
+        head: Most from the end of the last block until its output's gradient is there.
+        hidden: The hidden states between two blocks.
+        rest: What else the blocks are given, masks above all.
+    """
+
+    entries: list[int] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    head: int = 0
+    hidden: int = 0
+    rest: int = 0
+
+    def raised(self, more: int) -> BlockBytes:
+        """With so many bytes more whenever a batch takes most."""
+        return replace(self, peaks=[peak + more for peak in self.peaks], head=self.head + more)
+
+    def of_blocks(self, first: int, end: int) -> int:
+        """Most that running some blocks again takes."""
+        return max(self.peaks[first:end]) - self.entries[first] + self.hidden + self.rest
+
+    def with_head(self, first: int) -> int:
+        """Most that a forward pass takes which keeps a graph from one block on; the head's number is their count."""
+        kept = max([self.head, *self.peaks[first:]]) - self.entries[first]
+        passed = max((peak - entry for peak, entry in zip(self.peaks[:first], self.entries, strict=False)), default=0)
+        return max(kept, passed) + self.entries[0] + (self.hidden if first else 0)
+
+
+@dataclass
 class Activations:
     """What a batch was found to take.
 
@@ -41,14 +76,18 @@ class Activations:
         peak: Most bytes beyond weights and statistics.
         leaders: For every tapped layer that ran, the first layer that read the same input tensor.
         inputs: Bytes of the input that each of those first layers read; the tap keeps it for the backward pass.
+        blocks: The same from block to block; None where the model does not run block by block.
     """
 
     peak: int = 0
     leaders: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, int] = field(default_factory=dict)
+    blocks: BlockBytes | None = None
 
 
-def trace(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool) -> Activations:
+def trace(
+    model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool, blocks: Blocks | None = None
+) -> Activations:
     """Runs a model on one padded batch of which every token is a label.
 
     Fake tensors have shapes and no values, so this takes little time and no memory; the model is copied without its
@@ -59,25 +98,111 @@ def trace(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, ba
         batch: The batch's shape.
         updates: By tapped layer, the bytes that accumulating its tokens takes for a moment.
         backward: Whether losses are differentiated.
+        blocks: The model's blocks, if what they take is asked for.
 
     Returns:
         The peak, and which layers read one input. Whatever the model's code raises on fake tensors passes.
     """
+    if blocks is not None:
+        with contextlib.suppress(BlockFault):
+            return _traced(model, batch, updates, backward, blocks)
+    return _traced(model, batch, updates, backward, None)
+
+
+def _traced(
+    model: nn.Module, batch: BatchShape, updates: Mapping[str, int], backward: bool, blocks: Blocks | None
+) -> Activations:
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     copied = _without_weights(model, fake)
     modules = dict(copied.named_modules())
+    allocations = Allocations(itertools.chain(copied.parameters(), copied.buffers()), answers=True)
+    follower = _Follower(None if blocks is None else _twins(model, blocks, modules), allocations)
     taps = _Taps(batch, updates, backward)
     for name in updates:
         # Experts are no modules of their own; how many tokens reach each is not to be known without data.
         if name in modules:
             modules[name].register_forward_hook(taps.hook(name))
-    tensors = itertools.chain(copied.parameters(), copied.buffers())
-    with fake, Allocations(tensors, answers=True) as allocations, torch.set_grad_enabled(backward):
+            if blocks is not None and name not in blocks.numbers:
+                modules[name].register_forward_pre_hook(follower.check_end)
+    with fake, allocations, torch.set_grad_enabled(backward), follower.following():
         losses = _losses(copied, batch)
         if backward:
             losses.sum().backward()  # type: ignore[no-untyped-call]
-    taps.found.peak = allocations.peak
+    taps.found.peak = follower.finish()
+    taps.found.blocks = follower.found if blocks is not None and backward else None
     return taps.found
+
+
+class _Follower:
+    """Notes what is alive where blocks begin and end, in both directions."""
+
+    def __init__(self, blocks: Blocks | None, allocations: Allocations) -> None:
+        self.found = BlockBytes()
+        self._blocks, self._allocations = blocks, allocations
+        self._count = 0 if blocks is None else len(blocks.modules)
+        self.found.peaks = [0] * self._count
+        self._highest = 0
+        self._running = self._count
+        """The block whose bytes are being noted; their count stands for what follows them."""
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Follows the forward and the backward pass within."""
+        if self._blocks is None:
+            yield
+            return
+        with followed(self._blocks, self._enter, self._leave):
+            yield
+
+    def check_end(self, module: nn.Module, args: Any) -> None:
+        """A hook on what may run after all blocks only."""
+        if len(self.found.entries) <= self._count:
+            raise BlockFault("a layer runs before the blocks")
+
+    def finish(self) -> int:
+        """The peak of all."""
+        self._note(self._count)
+        return self._highest
+
+    def _enter(self, number: int, hidden: Tensor, call: BlockCall) -> Tensor:
+        if number == 0:
+            self._highest = self._allocations.peak
+            self.found.hidden = hidden.nbytes
+            given = {id(each): each.nbytes for each in tensors_in((call.args, call.kwargs))}
+            self.found.rest = sum(given.values())
+            self._allocations.restart()
+        self.found.entries.append(self._allocations.live)
+        self._running = number
+        return self._marked(number - 1, hidden)
+
+    def _leave(self, number: int, hidden: Tensor) -> Tensor:
+        self._note(number + 1)
+        if number + 1 == self._count:
+            self.found.entries.append(self._allocations.live)
+            return self._marked(number, hidden)
+        return hidden
+
+    def _marked(self, block: int, hidden: Tensor) -> Tensor:
+        """The output of a block, which tells when the backward pass comes to it."""
+        if hidden.requires_grad and block >= 0:
+            hidden.register_hook(lambda gradient: self._note(block))  # type: ignore[no-untyped-call]
+        return hidden
+
+    def _note(self, following: int) -> None:
+        """What was run until now took its peak; now follows another block, or, by their count, something else."""
+        if self._running < self._count:
+            self.found.peaks[self._running] = max(self.found.peaks[self._running], self._allocations.peak)
+        else:
+            self.found.head = max(self.found.head, self._allocations.peak)
+        self._highest = max(self._highest, self._allocations.peak)
+        self._allocations.restart()
+        self._running = following
+
+
+def _twins(model: nn.Module, blocks: Blocks, modules: Mapping[str, nn.Module]) -> Blocks:
+    """The blocks of a copy of the model, whose modules are given by name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return Blocks([modules[names[id(block)]] for block in blocks.modules], blocks.numbers)
 
 
 def guess(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool) -> Activations:

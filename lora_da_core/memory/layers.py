@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
+from lora_da_core.block_sweep import obstacle
+from lora_da_core.blocks import find_blocks
 from lora_da_core.memory.activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory.phases import Group, LayerBytes, Phases
 from lora_da_core.memory.time import PassTime
@@ -28,64 +30,146 @@ if TYPE_CHECKING:
     from lora_da_core.pipeline import Pipeline
 
 
-class PlannedLayers:
-    """A model's layers with the bytes of each, and what does not depend on how they are divided.
+class PlannedModel:
+    """A model's layers, and what depends neither on the size of batches nor on how layers are divided.
 
     Args:
         model: As `estimate_memory` takes it.
+        peft_config: As `estimate_memory` takes it.
         pipeline: The pipeline that will run.
         workload: The data.
         device: Where it will run.
+
+    Raises:
+        TargetError: PEFT finds nothing to adapt.
     """
 
-    def __init__(self, model: nn.Module, pipeline: Pipeline, workload: Workload, device: torch.device) -> None:
-        self.model, self.pipeline, self.workload, self.device = model, pipeline, workload, device
-        self.specs: tuple[LayerSpec, ...] = ()
-        self.groups: Sequence[Group] = []
-        self.notes: list[str] = []
-
-    def read(self, peft_config: LoraConfig | None) -> None:
-        """Finds the layers, what each takes, and who reads one input.
-
-        Args:
-            peft_config: As `estimate_memory` takes it.
-        """
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | None,
+        pipeline: Pipeline,
+        workload: Workload,
+        device: torch.device,
+    ) -> None:
         from lora_da_core import adapter
 
-        lora = adapter.chosen_config(self.model, peft_config, "default")
-        parts, config = self.pipeline.components, self.pipeline.config
-        targets = adapter.resolve_targets(self.model, lora, unsupported=config.unsupported)
-        self.specs = targets.specs
+        self.model, self.pipeline, self.workload, self.device = model, pipeline, workload, device
+        lora = adapter.chosen_config(model, peft_config, "default")
+        parts, config = pipeline.components, pipeline.config
+        targets = adapter.resolve_targets(model, lora, unsupported=config.unsupported)
+        self.base = adapter.base_of(model)
+        self.specs: Sequence[LayerSpec] = targets.specs
         parts.check_layers(self.specs)
         if parts.allocator is not None:
             # Layers are solved at the largest rank that they may get.
-            tokens = {spec.name: self.workload.total for spec in targets.specs}
-            self.specs = Allocation(self.pipeline.registry, parts.allocator, targets.specs).largest(tokens)
-        self.notes += targets.notes
-        probe = WorkspaceProbe(self.pipeline.registry, parts.estimator, parts.gradient, config, self.device)
-        layers = {spec.name: self._layer(spec, targets.modules[spec.name], probe) for spec in self.specs}
+            tokens = {spec.name: workload.total for spec in targets.specs}
+            self.specs = Allocation(pipeline.registry, parts.allocator, targets.specs).largest(tokens)
+        self.modules = targets.modules
+        self.notes = [*targets.notes]
+        self.probe = WorkspaceProbe(pipeline.registry, parts.estimator, parts.gradient, config, device)
+        self.weights = resident_bytes(self.base)
         adapted = {id(module) for module in targets.modules.values()}
-        beside = sum(
+        self.beside = sum(
             math.prod(matrix.shape)
-            for module in adapter.base_of(self.model).modules()
+            for module in self.base.modules()
             if id(module) not in adapted and not isinstance(module, nn.Embedding)
             for matrix in module.parameters(recurse=False)
             if matrix.ndim > 1
         )
-        base, batch = adapter.base_of(self.model), self.workload.batch
+        self.obstacle = obstacle(self.base, parts.estimator, parts.gradient)
+        self.blocks = find_blocks(self.base, self.modules) if self.obstacle is None else None
+
+    @property
+    def backward(self) -> bool:
+        """Whether losses are differentiated."""
+        parts = self.pipeline.components
+        return parts.estimator.needs_output_grads or not parts.gradient.forward_only
+
+    def traced(self, batch: BatchShape, updates: Mapping[str, int], backward: bool) -> Activations:
+        """What a batch takes, from the model's code where it runs on tensors without values.
+
+        Args:
+            batch: As `trace` takes it.
+            updates: As `trace` takes it.
+            backward: As `trace` takes it.
+
+        Returns:
+            The peak, and which layers read one input.
+        """
+        from lora_da_core import adapter
+
+        # Where all layers are tapped, parts of blocks may come of it.
+        blocks = self.blocks if backward and len(updates) > 1 else None
+        try:
+            with adapter.adapters_disabled(self.model):
+                return trace(self.base, batch, updates, backward=backward, blocks=blocks)
+        except Exception as error:  # the model's own code may raise anything where tensors have no values
+            note = (
+                "this model does not run on tensors without values "
+                f"({type(error).__name__}: {reason(error).rstrip('.')}); activations are a rough guess from the sizes "
+                "of its matrices, and no two layers are taken to share an input."
+            )
+            if note not in self.notes:
+                self.notes.append(note)
+            return guess(self.base, batch, updates, backward=backward)
+
+
+class PlannedLayers:
+    """The layers with the bytes of each, and what else a run takes with batches of one size.
+
+    Args:
+        planned: The model.
+        batch_size: Samples in a batch.
+    """
+
+    def __init__(self, planned: PlannedModel, batch_size: int) -> None:
+        self.planned, self.pipeline, self.device = planned, planned.pipeline, planned.device
+        self.specs, self.notes = planned.specs, planned.notes
+        self.workload = replace(planned.workload, batch_size=batch_size)
+        batch = self.workload.batch
+        layers = {spec.name: self._layer(spec, planned.modules[spec.name]) for spec in self.specs}
         self.time = PassTime(
-            beside=beside,
-            backward=self._backward,
+            beside=planned.beside,
+            backward=planned.backward,
             tokens=self.workload.total,
             batch_tokens=batch.samples * batch.tokens,
-            offloaded_weights=offloaded_bytes(base),
+            offloaded_weights=offloaded_bytes(planned.base),
             device=self.device.type,
         )
         self._on_device = self._phases(layers)
         grouped: dict[str, list[LayerBytes]] = {}
         for name, layer in layers.items():
             grouped.setdefault(self._on_device.all_tapped.leaders.get(name, name), []).append(layer)
-        self.groups = list(grouped.values())
+        self.groups: Sequence[Group] = list(grouped.values())
+
+    @property
+    def activations(self) -> Activations:
+        """What a batch takes with all layers tapped."""
+        return self._on_device.all_tapped
+
+    @property
+    def batches(self) -> float:
+        """How many batches of this size hold all tokens."""
+        work = self.workload
+        # Where samples have one label each, labels do not tell of tokens.
+        by_samples = work.samples / work.batch.samples
+        return by_samples if work.total <= work.samples else work.total / (work.batch.rows * work.batch.tokens)
+
+    @functools.cached_property
+    def groups_by_block(self) -> Sequence[Sequence[int]] | None:
+        """The numbers of the groups in each block, and after all blocks; None where no blocks can be run alone."""
+        blocks = self.planned.blocks
+        if blocks is None or self.activations.blocks is None:
+            return None
+        count = len(blocks.modules)
+        found: list[list[int]] = [[] for _ in range(count + 1)]
+        for number, group in enumerate(self.groups):
+            homes = {blocks.numbers.get(layer.spec.name, count) for layer in group}
+            if len(homes) > 1:
+                return None
+            found[homes.pop()].append(number)
+        return found
 
     def groups_at(self, place: StatisticsDevice) -> Sequence[Group]:
         """The groups with what each layer takes on the device.
@@ -101,44 +185,44 @@ class PlannedLayers:
         stays = self.pipeline.components.gradient.forward_only
         return [[layer.elsewhere(gradient_stays=stays) for layer in group] for group in self.groups]
 
-    def phases_at(self, place: StatisticsDevice) -> Phases:
+    def phases_at(self, place: StatisticsDevice, waiting: int) -> Phases:
         """The phases of runs in one pass.
 
         Args:
             place: Where sums lie between updates.
+            waiting: Bytes of float64 operators that may wait for a batched solve.
 
         Returns:
             Their bytes on the device.
         """
-        return self._raised(self._on_device, place)
+        return replace(self._raised(self._on_device, place), waiting=waiting)
 
-    def divisible_phases_at(self, place: StatisticsDevice) -> Phases:
+    def divisible_phases_at(self, place: StatisticsDevice, waiting: int) -> Phases:
         """The phases of runs in several passes, likewise."""
-        return self._raised(self._divisible, place)
+        return replace(self._raised(self._divisible, place), waiting=waiting)
 
     @functools.cached_property
     def _divisible(self) -> Phases:
         first = self.groups[0][0]
         tapped = {first.spec.name: first.workspace.update}
-        return replace(self._on_device, one_tapped=self._traced(self.workload.batch, tapped, self._backward))
+        planned = self.planned
+        return replace(
+            self._on_device, one_tapped=planned.traced(self.workload.batch, tapped, backward=planned.backward)
+        )
 
     def _raised(self, phases: Phases, place: StatisticsDevice) -> Phases:
         """With the sums that come for an update: they are taken to come while a batch takes most."""
         pairs = zip(self.groups, self.groups_at(place), strict=True)
         coming = max(b.workspace.update - a.workspace.update for pair in pairs for a, b in zip(*pair, strict=True))
-        one = phases.one_tapped
+        one, all_tapped = phases.one_tapped, phases.all_tapped
+        blocks = None if all_tapped.blocks is None else all_tapped.blocks.raised(coming)
         return replace(
             phases,
-            all_tapped=replace(phases.all_tapped, peak=phases.all_tapped.peak + coming),
+            all_tapped=replace(all_tapped, peak=all_tapped.peak + coming, blocks=blocks),
             one_tapped=None if one is None else replace(one, peak=one.peak + coming),
         )
 
-    @property
-    def _backward(self) -> bool:
-        parts = self.pipeline.components
-        return parts.estimator.needs_output_grads or not parts.gradient.forward_only
-
-    def _layer(self, spec: LayerSpec, module: nn.Module, probe: WorkspaceProbe) -> LayerBytes:
+    def _layer(self, spec: LayerSpec, module: nn.Module) -> LayerBytes:
         parts, registry, workload = self.pipeline.components, self.pipeline.registry, self.workload
         weight = getattr(module, spec.parameter, None)
         # The weights of a quantized layer are no floating numbers; its inputs are.
@@ -164,38 +248,19 @@ class PlannedLayers:
             gradient=gradient,
             earlier=earlier + gradient,
             solution=8 * spec.rank * (spec.in_features + spec.out_features),
-            workspace=probe.workspace(spec, tokens, solver, dtype),
+            workspace=self.planned.probe.workspace(spec, tokens, solver, dtype),
         )
 
     def _phases(self, layers: Mapping[str, LayerBytes]) -> Phases:
-        from lora_da_core.adapter import base_of
-
-        config, batch, base = self.pipeline.config, self.workload.batch, base_of(self.model)
+        config, batch, planned = self.pipeline.config, self.workload.batch, self.planned
         updates = {name: layer.workspace.update for name, layer in layers.items()}
         forward_only = self.pipeline.components.gradient.forward_only
         return Phases(
-            weights=resident_bytes(base),
-            all_tapped=self._traced(batch, updates, self._backward),
+            weights=planned.weights,
+            all_tapped=planned.traced(batch, updates, backward=planned.backward),
             one_tapped=None,
-            forward=self._traced(batch, {}, False) if forward_only else None,
-            search=self._traced(self.workload.search, {}, False) if config.automatic_scale else None,
+            forward=planned.traced(batch, {}, backward=False) if forward_only else None,
+            search=planned.traced(self.workload.search, {}, backward=False) if config.automatic_scale else None,
             rounds=config.rounds,
             device=self.device,
         )
-
-    def _traced(self, batch: BatchShape, updates: Mapping[str, int], backward: bool) -> Activations:
-        from lora_da_core import adapter
-
-        base = adapter.base_of(self.model)
-        try:
-            with adapter.adapters_disabled(self.model):
-                return trace(base, batch, updates, backward=backward)
-        except Exception as error:  # the model's own code may raise anything where tensors have no values
-            note = (
-                "this model does not run on tensors without values "
-                f"({type(error).__name__}: {reason(error).rstrip('.')}); activations are a rough guess from the sizes "
-                "of its matrices, and no two layers are taken to share an input."
-            )
-            if note not in self.notes:
-                self.notes.append(note)
-            return guess(base, batch, updates, backward=backward)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from lora_da_core.memory.activations import Activations
+from lora_da_core.memory.activations import Activations, BlockBytes
 from lora_da_core.memory.workspace import Workspace
-from lora_da_core.solving import batch_size
+from lora_da_core.solving import WAITING_BYTES, batch_size
 from lora_da_core.types import LayerSpec
 
 
@@ -108,6 +109,33 @@ def divided(groups: Sequence[Group], layers_per_pass: int) -> list[Sequence[Grou
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Parts of blocks that are run again, from the last to the first.
+
+    Attributes:
+        blocks: What a batch takes from block to block.
+        starts: The first block of each part; of one that holds layers after the blocks alone, their count.
+        stored: By part, bytes of hidden states of all batches that lie on the device.
+        head_alone: Whether the blocks of the first part are run again too, after what follows them.
+    """
+
+    blocks: BlockBytes
+    starts: Sequence[int]
+    stored: Sequence[int]
+    head_alone: bool = False
+
+    def activations(self, part: int) -> int:
+        """Most that a batch takes while a part is run."""
+        if part == 0 and not self.head_alone:
+            return self.blocks.with_head(self.starts[0])
+        return self.blocks.of_blocks(self.starts[part], self.starts[part - 1] if part else len(self.blocks.peaks))
+
+    def head(self) -> int:
+        """Most that a batch takes in the forward pass and in what follows the blocks."""
+        return self.blocks.with_head(len(self.blocks.peaks))
+
+
+@dataclass(frozen=True)
 class Phases:
     """A run, as far as its bytes are concerned.
 
@@ -120,6 +148,7 @@ class Phases:
         search: A batch of the line search; None where the scale is fixed.
         rounds: How often everything is estimated; the statistics of earlier rounds stay.
         device: Where layers are solved.
+        waiting: Bytes of float64 operators that may wait for a batched solve.
     """
 
     weights: int
@@ -129,26 +158,51 @@ class Phases:
     search: Activations | None
     rounds: int
     device: torch.device
+    waiting: int = WAITING_BYTES
 
-    def rows(self, parts: Sequence[Sequence[Group]]) -> list[PlanRow]:
-        """The rows of a run in that many passes: of each phase those of the pass that takes most.
+    def rows(self, parts: Sequence[Sequence[Group]], sweep: Sweep | None = None) -> list[PlanRow]:
+        """The rows of a run in that many parts: of each phase those of the part that takes most.
 
         Args:
-            parts: Groups by pass.
+            parts: Groups by part.
+            sweep: How the parts are run again in one sweep; None where each takes a pass.
 
         Returns:
             Rows in the order of the phases.
         """
         solutions = sum(layer.solution for part in parts for group in part for layer in group)
-        passes = [self._pass(part, solutions) for part in parts]
-        heaviest = [max(alternatives, key=_total) for alternatives in zip(*passes, strict=True)]
+        if sweep is None:
+            passes = [[*self._pass(part, solutions, self._activations(part), 0)] for part in parts]
+        else:
+            passes = [
+                [*self._pass(part, solutions, sweep.activations(number), sweep.stored[number])]
+                for number, part in enumerate(parts)
+            ]
+            if sweep.head_alone:
+                alone = (self.weights, 0, sweep.head(), sweep.stored[0])
+                passes.append([_phase("statistics", "statistics of no layer", "activations of a batch", alone)])
+        heaviest = [max(alternatives, key=_total) for alternatives in itertools.zip_longest(*passes, fillvalue=())]
         if self.search is not None:
             kept = self.rounds * statistics_of(parts[0]) if len(parts) == 1 else 0
             heaviest.append(self._scale(kept, solutions))
         # A phase that takes nothing of its own has nothing to tell.
         return [row for rows in heaviest for row in rows if row.bytes and rows[_OWN].bytes]
 
-    def _pass(self, part: Sequence[Group], solutions: int) -> Iterator[list[PlanRow]]:
+    def peak_of_part(self, part: Sequence[Group], solutions: int, activations: int, stored: int) -> int:
+        """Most bytes of a part that is run again.
+
+        Args:
+            part: Its groups.
+            solutions: Bytes of all layers' subspaces.
+            activations: What a batch takes.
+            stored: Hidden states that lie on the device.
+
+        Returns:
+            Bytes, weights included.
+        """
+        return max(_total(rows) for rows in self._pass(part, solutions, activations, stored))
+
+    def _pass(self, part: Sequence[Group], solutions: int, activations: int, stored: int) -> Iterator[list[PlanRow]]:
         layers = [layer for group in part for layer in group]
         statistics = self.rounds * statistics_of(part)
         of_layers = f"statistics of {len(layers)} {'layer' if len(layers) == 1 else 'layers'}"
@@ -156,14 +210,10 @@ class Phases:
         solved = PlanRow("solve", "subspaces of all layers", solutions)
 
         def phase(name: str, what: str, size: int, *, missing: int = 0) -> list[PlanRow]:
-            return [
-                PlanRow(name, "weights", self.weights),
-                PlanRow(name, of_layers + of_rounds, statistics - missing),
-                PlanRow(name, what, size),
-            ]
+            return _phase(name, of_layers + of_rounds, what, (self.weights, statistics - missing, size, stored))
 
         last = sum(layer.layer - layer.earlier for layer in layers)
-        yield phase("statistics", "activations of a batch", self._activations(part), missing=last)
+        yield phase("statistics", "activations of a batch", activations, missing=last)
         yield phase("between passes", "closing a layer's pass", max(layer.workspace.end_pass for layer in layers))
         if self.forward is not None:
             yield phase("gradient", "activations of a batch", self.forward.peak)
@@ -187,7 +237,7 @@ class Phases:
 
     def _solving(self, part: Sequence[Group]) -> int:
         """The most that preparing and solving takes: layers of one shape wait for each other on an accelerator."""
-        queue = _Queue(self.device)
+        queue = _Queue(self.device, self.waiting)
         for number, group in enumerate(part):
             for layer in group:
                 queue.prepare(number, layer)
@@ -196,12 +246,18 @@ class Phases:
         return queue.peak
 
 
+def _phase(name: str, statistics: str, what: str, sizes: tuple[int, int, int, int]) -> list[PlanRow]:
+    """The rows of a phase: weights, statistics, what the phase itself takes, hidden states."""
+    told = ("weights", statistics, what, "hidden states where parts of blocks begin")
+    return [PlanRow(name, text, size) for text, size in zip(told, sizes, strict=True)]
+
+
 class _Queue:
     """What lives while layers are prepared and solved, in the order of a run."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, waiting: int) -> None:
         self.peak = 0
-        self._device = device
+        self._device, self._waiting_bytes = device, waiting
         self._live = 0
         self._shared: dict[int, int] = {}
         """By group, the bytes that its prepared layers share; they go when none of them waits any more."""
@@ -221,7 +277,7 @@ class _Queue:
         self._live += taken.kept
         alike = self._waiting.setdefault((spec.in_features, spec.rank), [])
         alike.append((group, layer))
-        if len(alike) >= batch_size(spec, self._device):
+        if len(alike) >= batch_size(spec, self._device, self._waiting_bytes):
             self._solve(alike)
 
     def close(self, group: int) -> None:

@@ -75,6 +75,29 @@ class PassTime:
             first += sum(map(len, part))
         return total / work(0, [group for part in parts for group in part])
 
+    def swept(
+        self, parts: Sequence[Sequence[Group]], place: StatisticsDevice, moved: int, *, head_alone: bool
+    ) -> float:
+        """What one sweep over blocks takes, in the same units.
+
+        Args:
+            parts: Groups by part, those of the last blocks first.
+            place: Where their sums lie between updates.
+            moved: Bytes of hidden states that go to the host's memory and come back, of all tokens.
+            head_alone: Whether the blocks of the first part are run again like those of all others.
+
+        Returns:
+            1 where nothing is run again.
+        """
+        sizes = [
+            sum(layer.spec.in_features * layer.spec.out_features for group in part for layer in group) for part in parts
+        ]
+        sums = sum(map(statistics_of, parts)) / _BYTES
+        whole = 2 * (sum(sizes) + self.beside) + sums
+        again = sum(sizes if head_alone else sizes[1:])
+        moving = sum(self._moving(statistics_of(part), place) for part in parts)
+        return 1 + (again + moving + 2 * moved * self._per_byte("host") / self.tokens) / whole
+
     def with_batches(self, relative: float) -> float:
         """The same with what batches cost beside their tokens, by which smaller batches are the slower ones."""
         return relative * (1 + _BATCH_TOKENS.get(self.device, _BATCH_TOKENS["cpu"]) / self.batch_tokens)

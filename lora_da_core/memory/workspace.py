@@ -78,6 +78,27 @@ class _Data:
         return self.samples * self.length
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Bytes by step of small layers, once of a size and once of half that size.
+
+    Attributes:
+        scale: Of the larger one, to the layer.
+        samples: How many.
+        length: Tokens of each where the number of tokens does not matter.
+        plain: With so many samples.
+        more: With twice as many, where their number matters.
+        keeps_data: Whether it does.
+    """
+
+    scale: float
+    samples: int
+    length: int
+    plain: Sequence[Mapping[str, int]]
+    more: Sequence[Mapping[str, int]]
+    keeps_data: bool
+
+
 class WorkspaceProbe:
     """Measures the workspaces of one pipeline's components."""
 
@@ -95,7 +116,7 @@ class WorkspaceProbe:
         self.device = device
         """Where the run is to be: it decides what is formed; what is measured here is measured on the CPU."""
         self.config = replace(config, unconverged="warn")
-        self._known: dict[Any, Workspace] = {}
+        self._known: dict[Any, _Measured] = {}
 
     def workspace(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> Workspace:
         """The workspace of a layer; equal shapes are measured once.
@@ -112,12 +133,13 @@ class WorkspaceProbe:
         Raises:
             PluginError: A component raised on the small layer.
         """
-        key = (spec.in_features, spec.out_features, spec.rank, spec.one_hot, solver.name, tokens, dtype)
+        data = (tokens.total, tokens.samples)
+        key = (spec.in_features, spec.out_features, spec.rank, spec.one_hot, solver.name, data, dtype)
         if key not in self._known:
-            self._known[key] = self._continued(spec, tokens, solver, dtype)
-        return self._known[key]
+            self._known[key] = self._measured(spec, tokens, solver, dtype)
+        return self._continued(self._known[key], spec, tokens)
 
-    def _continued(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> Workspace:
+    def _measured(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> _Measured:
         scale = min(1.0, INPUTS / spec.in_features, OUTPUTS / spec.out_features)
         samples, keeps_data = min(SAMPLES, tokens.samples), self._keeps_data(spec, tokens)
         # Kept tokens shrink with the layer, so that what is made of them grows like its matrices. Others need only be
@@ -133,15 +155,19 @@ class WorkspaceProbe:
             return found
 
         plain = pair(samples)
-        more = pair(2 * samples) if keeps_data else plain
+        return _Measured(scale, samples, length, plain, pair(2 * samples) if keeps_data else plain, keeps_data)
+
+    def _continued(self, measured: _Measured, spec: LayerSpec, tokens: Tokens) -> Workspace:
+        scale, samples = measured.scale, measured.samples
         growth = {"solve": max(1.0, spec.rank / RANK)}
-        if not keeps_data:
-            growth["update"] = tokens.batch / (samples * length)
+        if not measured.keeps_data:
+            growth["update"] = tokens.batch / (samples * measured.length)
         found = {}
-        for name in plain[0]:
-            by_sample = [(twice[name] - once[name]) / samples for once, twice in zip(plain, more, strict=True)]
-            constant = [once[name] - samples * each for once, each in zip(plain, by_sample, strict=True)]
-            count = tokens.batch / full_length if name == "update" else tokens.samples
+        for name in measured.plain[0]:
+            pairs = [*zip(measured.plain, measured.more, strict=True)]
+            by_sample = [(twice[name] - once[name]) / samples for once, twice in pairs]
+            constant = [once[name] - samples * each for (once, _), each in zip(pairs, by_sample, strict=True)]
+            count = tokens.batch * tokens.samples / tokens.total if name == "update" else tokens.samples
             size = _at_full_size(constant, scale, growth.get(name, 1.0)) + count * _at_full_size(by_sample, scale)
             found[name] = max(0, round(size))
         return Workspace(**found)
