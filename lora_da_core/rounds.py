@@ -361,12 +361,12 @@ class Rounds:
         for names in by_group.values():
             for name in names:
                 prepared = _prepared(solver, estimates, specs[name])
-                spec, device = prepared.spec, prepared.step.device
+                spec, device, dtype = prepared.spec, prepared.step.device, prepared.step.dtype
                 # An estimator chooses the dtype layer by layer.
-                alike = waiting.setdefault((spec.in_features, spec.rank, prepared.step.dtype, device), [])
+                alike = waiting.setdefault((spec.in_features, spec.rank, dtype, device), [])
                 alike.append(prepared)
                 del prepared  # or the layer would live on while the next one is prepared
-                if len(alike) >= batch_size(spec, device, self._waiting_bytes):
+                if len(alike) >= batch_size(spec, device, self._waiting_bytes, dtype):
                     flush(alike)
             statistics.forget_shared(names[0])
         for alike in waiting.values():

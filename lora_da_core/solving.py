@@ -33,10 +33,12 @@ NORM_TOLERANCE = 1e-3
 """
 
 WAITING_BYTES = 2**33
-"""Bytes of float64 operators that may wait for a batched solve on an accelerator."""
+"""Bytes of operators that may wait for a batched solve on an accelerator."""
 
 
-def batch_size(spec: LayerSpec, device: torch.device, waiting: int = WAITING_BYTES) -> int:
+def batch_size(
+    spec: LayerSpec, device: torch.device, waiting: int = WAITING_BYTES, dtype: torch.dtype = torch.float64
+) -> int:
     """How many layers like this one are solved together.
 
     A CPU gains nothing from it; an accelerator is busy with one skinny product for less time than it takes to launch
@@ -45,14 +47,15 @@ def batch_size(spec: LayerSpec, device: torch.device, waiting: int = WAITING_BYT
     Args:
         spec: A layer.
         device: Where its operators are.
-        waiting: Bytes of float64 operators that may wait.
+        waiting: Bytes of operators that may wait.
+        dtype: Of the operators.
 
     Returns:
         At least 1.
     """
     if device.type == "cpu":
         return 1
-    return int(max(1, waiting // (8 * spec.in_features * (2 * spec.in_features + spec.out_features))))
+    return int(max(1, waiting // (dtype.itemsize * spec.in_features * (2 * spec.in_features + spec.out_features))))
 
 
 @dataclass(frozen=True)
