@@ -25,7 +25,8 @@ from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
 from lora_da_core.registry import Registry
 from lora_da_core.shares import owners_of
-from lora_da_core.solving import WAITING_BYTES, LayerSolution, LayerSolver, PreparedLayer, batch_size
+from lora_da_core.solve_queue import SolveQueue
+from lora_da_core.solving import WAITING_BYTES, LayerSolution, LayerSolver, PreparedLayer
 from lora_da_core.types import Batch, LayerSpec
 from lora_da_core.wide_products import full_float32
 from lora_da_core.world import World
@@ -344,34 +345,23 @@ class Rounds:
         custody = estimates.task.custody
         owners = owners_of(wanted, leaders, world.size) if custody is None else custody.owners
         specs = {spec.name: spec for spec in wanted if owners[spec.name] == world.rank}
-        solutions: dict[str, LayerSolution] = {}
-        waiting: dict[tuple[int, int, torch.dtype, torch.device], list[PreparedLayer]] = {}
 
-        def flush(alike: list[PreparedLayer]) -> None:
-            found = solver.solve(alike, population(self._config, statistics.samples))
-            solutions.update({layer.spec.name: solution for layer, solution in zip(alike, found, strict=True)})
-            alike.clear()
+        def on_solved(count: int) -> None:
             if self._on_progress is not None:
-                self._on_progress("solve", len(solutions), len(specs))
+                self._on_progress("solve", count, len(specs))
 
+        of_all = population(self._config, statistics.samples)
+        queue = SolveQueue(lambda layers: solver.solve(layers, of_all), self._waiting_bytes, on_solved)
         # Layers of one input group follow each other, so that its factorisation can go when they are prepared.
         by_group: dict[str, list[str]] = {}
         for name in specs:
             by_group.setdefault(leaders[name], []).append(name)
-        for names in by_group.values():
-            for name in names:
-                prepared = _prepared(solver, estimates, specs[name])
-                spec, device, dtype = prepared.spec, prepared.step.device, prepared.step.dtype
-                # An estimator chooses the dtype layer by layer.
-                alike = waiting.setdefault((spec.in_features, spec.rank, dtype, device), [])
-                alike.append(prepared)
-                del prepared  # or the layer would live on while the next one is prepared
-                if len(alike) >= batch_size(spec, device, self._waiting_bytes, dtype):
-                    flush(alike)
-            statistics.forget_shared(names[0])
-        for alike in waiting.values():
-            if alike:
-                flush(alike)
+        with queue.open():
+            for names in by_group.values():
+                for name in names:
+                    queue.add(_prepared(solver, estimates, specs[name]))
+                statistics.forget_shared(names[0])
+            solutions = queue.finish()
         if world.size > 1:
             solutions = _of_all(world, solutions, estimates.task.device_of)
         return {spec.name: solutions[spec.name] for spec in wanted}

@@ -32,8 +32,8 @@ NORM_TOLERANCE = 1e-3
 σ only scales a layer's solution, and the vector that belongs to it is not used.
 """
 
-WAITING_BYTES = 2**33
-"""Bytes of operators that may wait for a batched solve on an accelerator."""
+WAITING_BYTES = 2**32
+"""Bytes of operators of one shape that may wait for a batched solve on an accelerator, while as many are solved."""
 
 
 def batch_size(

@@ -150,10 +150,10 @@ def _divisions(layers: PlannedLayers, limits: Limits, by_block: bool) -> Iterato
 
 
 def _waiting(layers: PlannedLayers, limit: int | None) -> int:
-    """Bytes that may wait for a batched solve: a quarter of what the weights leave of a limit, and no more than pay."""
+    """Bytes that may wait for a batched solve: an eighth of what the weights leave of a limit, and no more than pay."""
     if limit is None:
         return WAITING_BYTES
-    return max(1, min(WAITING_BYTES, (limit - layers.planned.weights) // 4))
+    return max(1, min(WAITING_BYTES, (limit - layers.planned.weights) // 8))
 
 
 def _whole_run(layers: PlannedLayers, place: StatisticsDevice, limits: Limits, waiting: int) -> Division:

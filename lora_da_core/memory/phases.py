@@ -10,6 +10,7 @@ import torch
 
 from lora_da_core.memory.activations import Activations, BlockBytes
 from lora_da_core.memory.workspace import Workspace
+from lora_da_core.solve_queue import solves_beside
 from lora_da_core.solving import WAITING_BYTES, batch_size
 from lora_da_core.types import LayerSpec
 
@@ -263,6 +264,7 @@ class _Queue:
         """By group, the bytes that its prepared layers share; they go when none of them waits any more."""
         self._open: int | None = None
         self._waiting: dict[tuple[int, int], list[tuple[int, LayerBytes]]] = {}
+        self._solving: list[tuple[int, LayerBytes]] = []
 
     def prepare(self, group: int, layer: LayerBytes) -> None:
         """One layer's Fisher; where enough layers of its shape wait, they are solved."""
@@ -288,19 +290,29 @@ class _Queue:
     def solve_the_rest(self) -> None:
         """Solves what still waits."""
         for alike in self._waiting.values():
-            self._solve(alike)
+            if alike:
+                self._solve(alike)
+        self._land()
 
     def _solve(self, alike: list[tuple[int, LayerBytes]]) -> None:
-        self._reach(sum(layer.workspace.solve for _, layer in alike))
-        self._live -= sum(layer.workspace.kept for _, layer in alike)
-        groups = {group for group, _ in alike}
+        """Solves layers; on some devices they are there until the next ones are to be solved."""
+        self._land()
+        self._solving = list(alike)
         alike.clear()
-        for group in groups:
+        self._live += sum(layer.workspace.solve for _, layer in self._solving)
+        self._reach(0)
+        if not solves_beside(self._device):
+            self._land()
+
+    def _land(self) -> None:
+        solved, self._solving = self._solving, []
+        self._live -= sum(layer.workspace.kept + layer.workspace.solve for _, layer in solved)
+        for group in {group for group, _ in solved}:
             self._release(group)
 
     def _release(self, group: int) -> None:
-        waits = any(group == owner for alike in self._waiting.values() for owner, _ in alike)
-        if group != self._open and not waits:
+        held = (self._solving, *self._waiting.values())
+        if group != self._open and not any(group == owner for alike in held for owner, _ in alike):
             self._live -= self._shared.pop(group, 0)
 
     def _reach(self, more: int) -> None:
