@@ -6,21 +6,22 @@ Random bf16 weights, 256 samples of about 194 tokens, r = 8, all 224 linear laye
 the first round: a profile of the solve, and the check of the presets by other code in float64 (`benchmarks.exact`): the
 residual of every layer, the angle of some. With `--max-memory` the `robust` preset with a fixed scale runs within each
 limit as well, once, and the plan's peak stands beside the measured one. `tolerant` is that preset with residuals of
-1e-4 instead of what float32 products allow.
+1e-4 instead of what float32 products allow, `in_turn` solves no layers while others are prepared.
 
-    python -m benchmarks.gpu_7b [--programs lora_ga,fixed,robust,paper,tolerant] [--max-memory 24GiB,62GiB]
+    python -m benchmarks.gpu_7b [--programs lora_ga,fixed,robust,paper,tolerant,in_turn] [--max-memory 24GiB,62GiB]
         [--repetitions 3] [--time-limit 540] [--layers 32] [--samples 256] [--output FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from benchmarks.exact import ExactOmega, orthonormal_rows
 from benchmarks.llama_shapes import LINEAR, add_shape_options, random_llama
 from benchmarks.machine import machine, write_json
 from benchmarks.phases import SOLVE, timed, wait
+from lora_da_core import solve_queue
 from lora_da_core.budget import workload_of
 
 GIB = 2**30
@@ -42,6 +44,7 @@ PROGRAMS = {
     "robust": "lora_da robust",
     "paper": "lora_da paper",
     "tolerant": "lora_da robust, fixed scale, residual 1e-4",
+    "in_turn": "lora_da robust, fixed scale, prepared and solved in turn",
 }
 USUAL = ("lora_ga", "fixed", "robust", "paper")
 CHECKED = ("fixed", "paper")
@@ -183,9 +186,28 @@ def _programs(
     def run_of(pipeline: Any, **more: Any) -> Callable[[Any], Any]:
         return lambda batches: pipeline.run(model, batches, lora, **more).report
 
-    programs = {"lora_ga": lora_ga, **{key: run_of(pipeline) for key, pipeline in pipelines.items()}}
+    def in_turn(batches: Any) -> Any:
+        with _in_turn():
+            return run_of(pipelines["fixed"])(batches)
+
+    programs = {
+        "lora_ga": lora_ga,
+        **{key: run_of(pipeline) for key, pipeline in pipelines.items()},
+        "in_turn": in_turn,
+    }
     chosen = {PROGRAMS[key]: programs[key] for key in options.programs}
     return chosen | {_limited(limit): run_of(pipelines["fixed"], max_memory=limit) for limit in options.max_memory}
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[None]:
+    """Within it layers are prepared and solved in turn, so that each has a time of its own."""
+    real = solve_queue.solves_beside
+    solve_queue.solves_beside = lambda device: False
+    try:
+        yield
+    finally:
+        solve_queue.solves_beside = real
 
 
 def _measured(program: Callable[[Any], Any], batches: Any) -> dict[str, Any]:
@@ -227,7 +249,7 @@ def _check(model: Any, batches: Any, lora: LoraConfig, pipeline: Any, options: a
     _cleaned()
     estimates = pipeline.estimate(model, batches, lora)
     statistics_peak = _peak()
-    with timed(SOLVE) as spent:
+    with _in_turn(), timed(SOLVE) as spent:
         result = pipeline.solve(estimates)
     found: dict[str, Any] = {
         "seconds_and_calls": {label: entry for label, entry in spent.items() if entry[1]},
