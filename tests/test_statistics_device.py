@@ -205,11 +205,16 @@ def test_a_plan_takes_the_cheapest_place_that_fits() -> None:
     whole = plan("auto", "cpu")
     assert (whole.statistics_device, whole.passes, whole.offloaded_bytes) == ("device", 1, 0)
     limit = whole.peak_bytes - 7 * whole.statistics_bytes // 10
-    device, disk, auto = (plan(place, "cpu", max_memory=limit) for place in ("device", "disk", "auto"))
+    places = ("device", "disk", "auto")
+    device, disk, auto = (plan(place, "cpu", max_memory=limit, by_block=False) for place in places)
     assert device.fits and device.passes > 1 and device.offloaded_bytes == 0
     assert disk.fits and disk.passes == 1 and disk.offloaded_bytes == disk.statistics_bytes
     # Reading sums from disk costs a CPU less than a further pass.
     assert auto == disk and 1 < disk.relative_time < device.relative_time
+    # One sweep over blocks costs less than either.
+    swept = plan("auto", "cpu", max_memory=limit)
+    assert swept.fits and (swept.schedule, swept.statistics_device) == ("blocks", "device")
+    assert 1 < swept.relative_time < disk.relative_time
     assert {"statistics_device", "offloaded_bytes"} <= set(auto.to_json())
     assert "statistics on the disk" in auto._repr_html_() and "elsewhere" not in whole._repr_html_()
     short = plan("host", "cuda", host_memory=whole.statistics_bytes - 1)

@@ -85,6 +85,7 @@ class Plan:
 
     def __repr__(self) -> str:
         passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
+        passes += f" in {len(self.parts)} parts" if self.schedule == "blocks" else ""
         limit = (
             "" if self.max_memory is None else f" of {size_text(self.max_memory)}{'' if self.fits else ', too much'}"
         )
@@ -96,6 +97,8 @@ class Plan:
         notes = [("note", sentence, "") for sentence in self.notes]
         fits = "" if self.max_memory is None else f"of {size_text(self.max_memory)}{'' if self.fits else ': too much'}"
         peak = [("peak", fits, size_text(self.peak_bytes)), ("passes", "over the data", str(self.passes))]
+        if self.schedule == "blocks":
+            peak.append(("parts of blocks", f"hidden states on the {self.hidden_states}", size_text(self.hidden_bytes)))
         away = [("elsewhere", f"statistics on the {self.statistics_device}", size_text(self.offloaded_bytes))]
         shown = [*rows, *totals, *peak, *(away if self.offloaded_bytes else []), *notes]
         return html_table(shown, ("phase", "what", "memory"))
