@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
 from lora_da_core.function_objective import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
+from lora_da_core.memory.workspace import Measured
 from lora_da_core.model_state import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.placement import has_sharded_parts
@@ -105,6 +106,8 @@ class Pipeline:
         self.registry = registry
         self.components = components
         self.config = config
+        self.measured: dict[Any, Measured] = {}
+        """What plans have found the components to take on small layers, which is the same for every model."""
 
     def __repr__(self) -> str:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
