@@ -83,7 +83,7 @@ class PlanOptions:
     max_memory: Annotated[
         str | None,
         _option(
-            "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes.",
+            "A limit such as 24GiB or 800MB; layers are divided into as many parts as it takes.",
             metavar="SIZE",
             show_default="none",
         ),

@@ -143,8 +143,8 @@ class Pipeline:
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them. Where layers are
                 divided, the statistics of each part are kept.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
-                within by plan; layers are divided among passes, batches into smaller ones, and sums kept on the host
-                or on disk, as takes least time. Libraries come on top.
+                within by plan; layers are divided into parts of blocks that are run again, or among passes, batches
+                into smaller ones, and sums kept on the host or on disk, as takes least time. Libraries come on top.
             offload_dir: Where sums go that are kept on disk: a file without a name, which is gone however the run
                 ends. None takes the system's temporary directory.
             world: The processes that share the run, where the caller has brought them together; None does so here.

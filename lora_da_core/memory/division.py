@@ -1,4 +1,4 @@
-"""How a run keeps within a limit: layers divided among passes, batches cut into smaller ones, sums kept elsewhere."""
+"""How a run keeps within a limit: layers divided into parts, batches cut into smaller ones, sums kept elsewhere."""
 
 from __future__ import annotations
 
