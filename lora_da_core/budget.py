@@ -129,6 +129,8 @@ def resident_within(
     batches: Sequence[Batch],
     device: torch.device,
     max_memory: int,
+    *,
+    by_block: bool = True,
 ) -> int | None:
     """How much of a model's weights may stay on the device, so that a run keeps within a limit.
 
@@ -142,12 +144,15 @@ def resident_within(
         batches: Of one round.
         device: Where it will run.
         max_memory: Bytes.
+        by_block: Whether one process may run blocks again, part by part.
 
     Returns:
         Bytes; None where the whole model may.
     """
     workload = workload_of(batches)
-    plan = partial(estimate_memory, shapes, peft_config, pipeline=pipeline, workload=workload, device=device)
+    plan = partial(
+        estimate_memory, shapes, peft_config, pipeline=pipeline, workload=workload, device=device, by_block=by_block
+    )
     if plan(max_memory=max_memory).fits:
         return None
     return max(0, max_memory - (plan().peak_bytes - resident_bytes(shapes)) - largest_module_bytes(shapes))

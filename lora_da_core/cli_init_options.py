@@ -267,8 +267,8 @@ class InitOptions:
         str | None,
         _option(
             _RUN,
-            "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes "
-            "('lora-da plan' tells how many), and what does not fit of the model's weights is offloaded.",
+            "A limit such as 24GiB or 800MB; layers are divided into as many parts as it takes ('lora-da plan' tells "
+            "how many), and what does not fit of the model's weights is offloaded.",
             metavar="SIZE",
             show_default="none",
         ),

@@ -29,6 +29,8 @@ def needed_offload(
     Returns:
         How to load the model; None where it may be loaded whole.
     """
+    from torch import distributed
+
     from lora_da_core import data, models
     from lora_da_core.budget import resident_within
     from lora_da_core.memory.workload import parse_size
@@ -41,5 +43,6 @@ def needed_offload(
     samples = data.encode_text(rows, tokenizer, text, model_limit=shapes.max_positions).samples
     batches = data.batches(samples, pad_token_id=tokenizer.pad_token_id, batch_size=options.batch_size)
     limit = parse_size(options.max_memory)
-    resident = resident_within(pipeline, shapes.model, lora, batches, shapes.device, limit)
+    alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
+    resident = resident_within(pipeline, shapes.model, lora, batches, shapes.device, limit, by_block=alone)
     return None if resident is None else models.Offload(resident, options.offload_dir)

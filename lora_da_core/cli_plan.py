@@ -83,7 +83,7 @@ class PlanOptions:
     max_memory: Annotated[
         str | None,
         _option(
-            "A limit such as 24GiB or 800MB; layers are divided among as many passes over the data as it takes.",
+            "A limit such as 24GiB or 800MB; layers are divided into as many parts as it takes.",
             metavar="SIZE",
             show_default="none",
         ),
@@ -253,7 +253,7 @@ def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
         f"peak {size_text(found.peak_bytes)} on {shapes.device}, in {str(shapes.dtype).removeprefix('torch.')}; "
         f"statistics of all {found.layers} layers {size_text(found.statistics_bytes)}, on the {_place(found)}",
         f"{_count(found.passes, 'pass', 'passes')} over {workload.total:,} tokens in batches of "
-        f"{batch.samples} × {batch.tokens}, at most {found.layers_per_pass} layers in each",
+        f"{batch.samples} × {batch.tokens}, {_order(found)}",
         "time unknown without --throughput"
         if found.seconds is None
         else f"{found.seconds:.0f} s for the passes over the data",
@@ -261,6 +261,18 @@ def _show(found: Plan, shapes: ModelShapes, workload: Workload) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _order(found: Plan) -> str:
+    from lora_da_core.memory.workload import size_text
+
+    if found.schedule == "passes":
+        return f"at most {found.layers_per_pass} layers in each"
+    return (
+        f"in {len(found.parts)} parts of blocks that are run again, the last ones first, at most "
+        f"{found.layers_per_pass} layers in each; {size_text(found.hidden_bytes)} of hidden states on the "
+        f"{found.hidden_states}"
+    )
 
 
 def _place(found: Plan) -> str:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -28,6 +28,7 @@ from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
 from lora_da_core.function_objective import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
+from lora_da_core.memory.workspace import Measured
 from lora_da_core.model_state import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
 from lora_da_core.placement import has_sharded_parts
@@ -105,6 +106,8 @@ class Pipeline:
         self.registry = registry
         self.components = components
         self.config = config
+        self.measured: dict[Any, Measured] = {}
+        """What plans have found the components to take on small layers, which is the same for every model."""
 
     def __repr__(self) -> str:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
@@ -140,8 +143,8 @@ class Pipeline:
                 that changes only solver, rank, α, β, N, damping or scale makes no pass for them. Where layers are
                 divided, the statistics of each part are kept.
             max_memory: A limit in bytes, or a size such as `24GiB`, that weights, statistics and what is computed keep
-                within by plan; layers are divided among passes, batches into smaller ones, and sums kept on the host
-                or on disk, as takes least time. Libraries come on top.
+                within by plan; layers are divided into parts of blocks that are run again, or among passes, batches
+                into smaller ones, and sums kept on the host or on disk, as takes least time. Libraries come on top.
             offload_dir: Where sums go that are kept on disk: a file without a name, which is gone however the run
                 ends. None takes the system's temporary directory.
             world: The processes that share the run, where the caller has brought them together; None does so here.

@@ -111,6 +111,14 @@ def test_the_7b_comparison_keeps_within_a_limit_and_shows_the_plan_beside_it(fig
     assert free["residual"] == loose["residual"] and tight["converged"] == 14 and tight["residual"] < 1e-12
 
 
+def test_the_7b_comparison_sweeps_blocks_within_a_limit(figures: Any) -> None:
+    shape = ("--layers", "4", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
+    least = ("--programs", "fixed", "--skip-check", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    free, swept = figures(gpu_7b, *shape, *least, "--max-memory", "7MiB")["rows"].values()
+    assert swept["plan"]["schedule"] == "blocks" and swept["plan"]["passes"] == 1 < swept["plan"]["parts"]
+    assert swept["plan"]["peak_gib"] <= 7 / 2**10 and swept["converged"] == free["converged"] == 28
+
+
 def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) -> None:
     found = figures(solvers, "--sizes", "120", "--ranks", "4", "--batch", "2", "--repetitions", "1")
     rows = [row for row in found["rows"] if row["solver"] != "eigh"]

@@ -505,8 +505,10 @@ def test_plan_divides_the_layers_under_a_limit(shapes):
     whole = json.loads(run(shapes, *PLAN, "--json").stdout)
     limit = whole["peak_bytes"] - 1
     divided = json.loads(run(shapes, *PLAN, "--json", "--max-memory", f"{limit}B").stdout)
-    assert divided["passes"] > 1 and divided["peak_bytes"] <= limit
+    assert (divided["schedule"], divided["passes"]) == ("blocks", 1) and divided["peak_bytes"] <= limit
     assert divided["layers_per_pass"] < whole["layers_per_pass"] == 14
+    told = run(shapes, *PLAN, "--max-memory", f"{limit}B").stdout
+    assert f"in {len(divided['parts'])} parts of blocks that are run again, the last ones first" in told
 
 
 def test_plan_that_does_not_fit_says_what_to_change_and_fails(shapes):

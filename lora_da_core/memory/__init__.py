@@ -136,8 +136,9 @@ def estimate_memory(
         pipeline: The pipeline that will run.
         workload: The data; None takes 64 samples of 1024 tokens.
         device: Where it will run; None takes the model's device, for `meta` the CPU.
-        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided among passes over the data,
-            batches cut into smaller ones, and sums kept on the host or on disk, as takes least time.
+        max_memory: A limit in bytes, or a size such as `24GiB`; layers are then divided into parts of blocks that are
+            run again in one sweep, or among passes over the data, batches cut into smaller ones, and sums kept on the
+            host or on disk, as takes least time.
         host_memory: Bytes that the host has for statistics of an accelerator; None takes it to have enough.
         throughput: Tokens per second of a pass over all layers, as measured on that device.
         by_block: Whether blocks may be run again, part by part, in one sweep over the data; else every part of the
@@ -223,9 +224,10 @@ def _advice(found: Division) -> str:
         "weights": "load the model in a smaller dtype, or take a larger device",
         "activations": "lower the batch size, the length of samples, or adapt fewer layers",
     }
+    least = "the layers of one input per pass" if found.sweep is None else "single blocks in one sweep"
     remedy = next((text for word, text in remedies.items() if largest.what.startswith(word)), "")
     return (
-        f"phase '{phase}' takes {size_text(totals[phase])} even with the layers of one input per pass, above the limit "
+        f"phase '{phase}' takes {size_text(totals[phase])} even with {least}, above the limit "
         f"of {size_text(limit)}; most of it, {size_text(largest.bytes)}, is {largest.what}: "
         f"{remedy or 'take an estimator with smaller statistics, or leave large layers out with exclude_modules'}."
     )

@@ -1,7 +1,8 @@
-"""How a run keeps within a limit: layers divided among passes, batches cut into smaller ones, sums kept elsewhere."""
+"""How a run keeps within a limit: layers divided into parts, batches cut into smaller ones, sums kept elsewhere."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,12 +142,16 @@ def _divisions(layers: PlannedLayers, limits: Limits, by_block: bool) -> Iterato
             if whole.fits or limits.device is None:
                 yield whole
                 return
-        swept = _swept(layers, place, limits, waiting) if by_block else None
-        if swept is not None:
-            yield swept
-            if swept.fits:
-                return
-        yield _passes(layers, place, limits, waiting)
+        # Where nothing else fits, every layer is solved by itself.
+        for divide, most in itertools.product((_swept, _passes) if by_block else (_passes,), (waiting, 1)):
+            found = divide(layers, place, limits, most)
+            if found is None:
+                continue
+            yield found
+            if found.fits:
+                if found.sweep is not None:
+                    return
+                break
 
 
 def _waiting(layers: PlannedLayers, limit: int | None) -> int:

@@ -67,7 +67,9 @@ class PlannedModel:
             self.specs = Allocation(pipeline.registry, parts.allocator, targets.specs).largest(tokens)
         self.modules = targets.modules
         self.notes = [*targets.notes]
-        self.probe = WorkspaceProbe(pipeline.registry, parts.estimator, parts.gradient, config, device)
+        self.probe = WorkspaceProbe(
+            pipeline.registry, parts.estimator, parts.gradient, config, device, pipeline.measured
+        )
         self.weights = resident_bytes(self.base)
         adapted = {id(module) for module in targets.modules.values()}
         self.beside = sum(

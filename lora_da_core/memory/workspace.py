@@ -79,7 +79,7 @@ class _Data:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class Measured:
     """Bytes by step of small layers, once of a size and once of half that size.
 
     Attributes:
@@ -100,7 +100,16 @@ class _Measured:
 
 
 class WorkspaceProbe:
-    """Measures the workspaces of one pipeline's components."""
+    """Measures the workspaces of one pipeline's components.
+
+    Args:
+        registry: The installed plugins.
+        estimator: The Fisher estimator.
+        gradient: The gradient estimator.
+        config: The pipeline's.
+        device: Where the run is to be: it decides what is formed; what is measured here is measured on the CPU.
+        known: What was measured before of the same components, which more is added to; None starts anew.
+    """
 
     def __init__(
         self,
@@ -109,14 +118,14 @@ class WorkspaceProbe:
         gradient: GradientEstimator[Any],
         config: LoraDAConfig,
         device: torch.device,
+        known: dict[Any, Measured] | None = None,
     ) -> None:
         self.registry = registry
         self.estimator = estimator
         self.gradient = gradient
         self.device = device
-        """Where the run is to be: it decides what is formed; what is measured here is measured on the CPU."""
         self.config = replace(config, unconverged="warn")
-        self._known: dict[Any, _Measured] = {}
+        self._known = {} if known is None else known
 
     def workspace(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> Workspace:
         """The workspace of a layer; equal shapes are measured once.
@@ -134,12 +143,13 @@ class WorkspaceProbe:
             PluginError: A component raised on the small layer.
         """
         data = (tokens.total, tokens.samples)
-        key = (spec.in_features, spec.out_features, spec.rank, spec.one_hot, solver.name, data, dtype)
+        shape = (spec.in_features, spec.out_features, spec.rank, spec.one_hot)
+        key = (*shape, solver.name, data, dtype, self.device.type)
         if key not in self._known:
             self._known[key] = self._measured(spec, tokens, solver, dtype)
         return self._continued(self._known[key], spec, tokens)
 
-    def _measured(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> _Measured:
+    def _measured(self, spec: LayerSpec, tokens: Tokens, solver: Solver[Any], dtype: torch.dtype) -> Measured:
         scale = min(1.0, INPUTS / spec.in_features, OUTPUTS / spec.out_features)
         samples, keeps_data = min(SAMPLES, tokens.samples), self._keeps_data(spec, tokens)
         # Kept tokens shrink with the layer, so that what is made of them grows like its matrices. Others need only be
@@ -155,9 +165,9 @@ class WorkspaceProbe:
             return found
 
         plain = pair(samples)
-        return _Measured(scale, samples, length, plain, pair(2 * samples) if keeps_data else plain, keeps_data)
+        return Measured(scale, samples, length, plain, pair(2 * samples) if keeps_data else plain, keeps_data)
 
-    def _continued(self, measured: _Measured, spec: LayerSpec, tokens: Tokens) -> Workspace:
+    def _continued(self, measured: Measured, spec: LayerSpec, tokens: Tokens) -> Workspace:
         scale, samples = measured.scale, measured.samples
         growth = {"solve": max(1.0, spec.rank / RANK)}
         if not measured.keeps_data:
