@@ -61,6 +61,23 @@ def module_names(text: str) -> str | list[str]:
     return names
 
 
+def memory_limit(text: str | None) -> int | None:
+    """What `--max-memory` says, in bytes.
+
+    Args:
+        text: A size such as `24GiB`; None where no limit is given.
+
+    Raises:
+        OptionError: It is no size; the message names the option.
+    """
+    from lora_da_core.memory.workload import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except OptionError as error:
+        raise OptionError(f"--max-memory: {error}") from error
+
+
 def command_of(options: type[OptionsT], body: Callable[[OptionsT], None]) -> Callable[..., None]:
     """A function with one parameter per field of `options`, as typer wants it, that calls `body` with an instance.
 

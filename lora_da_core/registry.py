@@ -217,7 +217,7 @@ class Registry:
         try:
             options = cls.Options(**given)
         except (ValueError, TypeError) as error:
-            raise OptionError(f"{kind} {name!r}: {error}") from error
+            raise OptionError(f"{kind} {name!r}: {_sentence(error)}") from error
         try:
             component = cls(options)
         except (OptionError, PluginError):
@@ -299,6 +299,12 @@ def _distribution(point: EntryPoint) -> str:
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _sentence(error: BaseException) -> str:
+    """What a plugin says of its options, with the full stop that every message of ours has."""
+    text = str(error).strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _fault(component: Any, expected: type) -> str:
