@@ -71,6 +71,8 @@ class Bench:
     site: Site
     log: pytest.LogCaptureFixture
     directory: Path
+    watch: Callable[[nn.Module], None]
+    """Of every model that is run: it must be found again as it was then."""
     model: nn.Module = field(default_factory=lambda: make_tiny_llama().train())
     batches: Batches = field(default_factory=lambda: make_batches(make_samples()))
 
@@ -86,11 +88,17 @@ class Bench:
     ) -> LoraDAResult:
         pipeline = lora_da_core.build_pipeline(config=config, **components)
         data = self.batches if batches is None else batches
+        if model is not None:
+            self.watch(model)
         return pipeline.run(self.model if model is None else model, data, lora, cache_dir=cache)
 
     def replaced(self, name: str, change: Callable[[Tensor], Any]) -> list[dict[str, Any]]:
         """The batches with one of their tensors changed."""
         return [{**batch, name: change(batch[name])} for batch in self.batches]
+
+    def files(self) -> list[Path]:
+        found = [path.relative_to(self.directory) for path in self.directory.rglob("*") if path.is_file()]
+        return [path for path in found if path.suffix != ".lock"]
 
     def warnings(self) -> str:
         return "\n".join(record.getMessage() for record in self.log.records)
@@ -630,13 +638,15 @@ def bench(
     site: Site,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
+    model_unchanged: Callable[[nn.Module], None],
 ) -> Iterator[Bench]:
     caplog.set_level(logging.WARNING)
     directory = tmp_path / "files"
     directory.mkdir()
-    made = Bench(monkeypatch, site, caplog, directory)
+    made = Bench(monkeypatch, site, caplog, directory, model_unchanged)
     for parameter in list(made.model.parameters())[:3]:
         parameter.requires_grad_(False)
+    model_unchanged(made.model)
     yield made
 
 
@@ -646,9 +656,8 @@ def states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("fault", PROVOKED, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench, model_unchanged: Callable[[nn.Module], None]) -> None:
+def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench) -> None:
     assert fault.provoke is not None
-    model_unchanged(bench.model)
     before = states()
     if fault.error is None:
         fault.provoke(bench)
@@ -658,8 +667,8 @@ def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench, model_unchanged:
         text = " ".join(str(caught.value).split())
         assert re.search(fault.words, text), text
         assert caught.type is fault.error or fault.error is not LoraDAError
-        files = [path for path in bench.directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
-        assert files == []
+        assert bench.files() == []
+    assert all("cache" in path.parts for path in bench.files()), "files were left that nobody asked for"
     assert states() == before, "a global random state moved"
 
 

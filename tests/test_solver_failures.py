@@ -202,6 +202,21 @@ def test_3_no_inverse_is_made_on_a_cpu_unless_asked_for(monkeypatch: pytest.Monk
         solve("lanczos", heavy, 8, shift_invert=True)
 
 
+def test_3_an_inverse_is_made_on_an_accelerator_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    inverted = lanczos.inverted
+
+    def noted(*given: Any, **settings: Any) -> EigenResult:
+        asked.append(True)
+        return inverted(*given, **settings)
+
+    monkeypatch.setattr(lanczos, "inverted", noted)
+    monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
+    heavy = Dense(_top_heavy().to_dense())
+    assert not bool(solve("lanczos", heavy, 8, shift_invert=False).converged) and asked == []
+    assert bool(solve("lanczos", heavy, 8).converged) and asked == [True]
+
+
 def _top_heavy() -> TopHeavy:
     operator = SPECTRA["top_heavy"].build(torch.float64)
     assert isinstance(operator, TopHeavy)
