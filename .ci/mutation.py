@@ -28,6 +28,8 @@ TESTS = (
     "omega", "operators", "solvers", "solver_failures", "accelerator_arithmetic",
     "estimators", "estimators_oracle", "estimators_reference",
 )  # fmt: skip
+PLACES = "tests/test_embeddings.py::test_the_fisher_of_places_is_that_of_one_hot_rows"
+"""Of the tests of embeddings the one that runs no model."""
 SLOW = (
     "test_estimators_reference.py::test_sampled_labels_converge_to_the_dense_true_fisher_with_the_root_of_their_number",
     "test_solvers.py::test_exceptions_are_not_stale",
@@ -52,7 +54,7 @@ def laid_out(copy: Path) -> None:
     lists = {
         "source_paths": [package.name for package in packages],
         "only_mutate": MUTATED,
-        "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS],
+        "pytest_add_cli_args_test_selection": [*(f"tests/test_{name}.py" for name in TESTS), PLACES],
         "pytest_add_cli_args": [*arguments, *(f"--deselect=tests/{name}" for name in SLOW)],
         "also_copy": ["pytest.ini"],
     }
