@@ -218,11 +218,13 @@ class Registry:
             options = cls.Options(**given)
         except (ValueError, TypeError) as error:
             raise OptionError(f"{kind} {name!r}: {_sentence(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{named} raised when its options were made: {_describe(error)}") from error
         try:
             component = cls(options)
         except (OptionError, PluginError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{named} raised when it was made: {_describe(error)}") from error
         if getattr(component, "options", None) != options:
             raise PluginError(f"{named} does not keep its options; its __init__ must call super().__init__(options)")
@@ -250,7 +252,7 @@ class Registry:
             wanted = [arguments[name] for name in implementation.argnames]
             try:
                 name = implementation.function(*wanted)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"lora_da_choose_solver of {implementation.plugin_name}: {_describe(error)}"
                 ) from error
@@ -278,7 +280,7 @@ class Registry:
             values = {"layer": layer, "report": report}
             try:
                 implementation.function(*[values[name] for name in implementation.argnames])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 faults.append(f"lora_da_layer_finished of {implementation.plugin_name}: {_describe(error)}")
         return faults
 
