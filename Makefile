@@ -56,7 +56,8 @@ servers: .venv/installed
 		$(BIN)/python -m pytest tests/test_server_parsers.py
 
 mutation: .venv/installed
-	$(BIN)/python .ci/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python .ci/mutation.py $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
+		$(addprefix --only ,$(ONLY)) $(if $(RESUME),--resume)
 
 audit: .venv/installed
 	$(BIN)/python .ci/audit.py $(AUDIT)

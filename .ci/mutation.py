@@ -1,8 +1,9 @@
 """Mutation tests with mutmut, in a copy: how many small changes of the mathematics do its tests notice?
 
 `make mutation` changes omega, operators, estimators and solvers, one thing at a time. SAMPLE=140 tries that many,
-drawn with SEED, so many of each part as `SHARES` says; without SAMPLE all are tried. A table per file, in Markdown, and
-the names of what survived come last; `mutmut show NAME`, called in the copy, shows a change.
+drawn with SEED, so many of each part as `SHARES` says; without SAMPLE all are tried. ONLY="lora_da_solvers.lanczos …"
+keeps to these files, of the same draw. RESUME=1 goes on where a run of the same tests was stopped. A table per file, in
+Markdown, and the names of what survived come last; `mutmut show NAME`, called in the copy, shows a change.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ TESTS = (
     "omega", "operators", "solvers", "solver_failures", "accelerator_arithmetic",
     "estimators", "estimators_oracle", "estimators_reference",
 )  # fmt: skip
+PLACES = "tests/test_embeddings.py::test_the_fisher_of_places_is_that_of_one_hot_rows"
+"""Of the tests of embeddings the one that runs no model."""
 SLOW = (
     "test_estimators_reference.py::test_sampled_labels_converge_to_the_dense_true_fisher_with_the_root_of_their_number",
     "test_solvers.py::test_exceptions_are_not_stale",
@@ -51,7 +54,7 @@ def laid_out(copy: Path) -> None:
     lists = {
         "source_paths": [package.name for package in packages],
         "only_mutate": MUTATED,
-        "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS],
+        "pytest_add_cli_args_test_selection": [*(f"tests/test_{name}.py" for name in TESTS), PLACES],
         "pytest_add_cli_args": [*arguments, *(f"--deselect=tests/{name}" for name in SLOW)],
         "also_copy": ["pytest.ini"],
     }
@@ -88,6 +91,11 @@ def drawn(names: list[str], size: int, seed: int) -> list[str]:
     return chosen
 
 
+def of_files(names: list[str], files: list[str]) -> list[str]:
+    """Those of some files, or all where none is named."""
+    return [name for name in names if not files or name.rsplit(".", 1)[0] in files]
+
+
 def table(outcomes: dict[str, str]) -> str:
     """One row per file: how many were tried, and what became of them."""
     counts: collections.defaultdict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -108,15 +116,24 @@ def main() -> None:
     arguments.add_argument("--copy", type=Path, default=ROOT / "build" / "mutation")
     arguments.add_argument("--sample", type=int, help="mutants to try; all of them without it")
     arguments.add_argument("--seed", type=int, default=0, help="of the draw")
+    arguments.add_argument("--only", action="append", default=[], help="a file, by its module's name; may be repeated")
+    arguments.add_argument("--resume", action="store_true", help="try only what the copy holds no outcome of")
     arguments.add_argument("names", nargs="*", help="mutants to try, in the place of a sample")
     given = arguments.parse_args()
     laid_out(given.copy)
     names: list[str] = given.names
-    if given.sample is not None:
-        mutmut(given.copy, "lora_da_solvers.eigh.*")  # makes the mutants, and finds which tests run which code
-        names = drawn(sorted(results(given.copy)), given.sample, given.seed)
-    mutmut(given.copy, *names)
-    found = {name: outcome for name, outcome in results(given.copy).items() if not names or name in names}
+    if not names:
+        if not results(given.copy) or not given.resume:
+            mutmut(given.copy, "lora_da_solvers.eigh.*")  # makes the mutants, and finds which tests run which code
+        names = sorted(results(given.copy))
+        if given.sample is not None:
+            names = drawn(names, given.sample, given.seed)
+        names = of_files(names, given.only)
+    before = results(given.copy) if given.resume else {}
+    wanted = [name for name in names if before.get(name, "not checked") == "not checked"]
+    if wanted:
+        mutmut(given.copy, *wanted)
+    found = {name: outcome for name, outcome in results(given.copy).items() if name in names}
     outcomes = {name: outcome for name, outcome in found.items() if outcome != "not checked"}
     for name, outcome in sorted(outcomes.items()):
         if outcome not in NOTICED:

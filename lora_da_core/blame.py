@@ -74,7 +74,8 @@ class blamed(contextlib.AbstractContextManager[None]):
         self._place = place
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, LoraDAError) or not isinstance(error, Exception):
+        # A plugin that exits would end the run without a word, and with the status of its choice.
+        if isinstance(error, LoraDAError) or not isinstance(error, (Exception, SystemExit)):
             return
         if is_out_of_memory(error):
             error.add_note(f"{self._component} raised{self._place}")

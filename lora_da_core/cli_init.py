@@ -10,8 +10,8 @@ import typer
 
 from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.cli_memory import needed_offload
-from lora_da_core.cli_options import module_names
-from lora_da_core.errors import OptionError, StorageError
+from lora_da_core.cli_options import memory_limit, module_names
+from lora_da_core.errors import ModelError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -148,15 +148,12 @@ def requested(options: InitOptions) -> Request:
         OptionError: An option is wrong, or two do not go together.
     """
     from lora_da_core import adapter, data
-    from lora_da_core.memory.workload import parse_size
     from lora_da_core.pipeline import build_pipeline
     from lora_da_core.registry import Registry
     from lora_da_core.sizing import SEARCH_SAMPLES
 
-    if options.max_memory is not None:
-        parse_size(options.max_memory)
-        if options.layers_per_pass is not None:
-            raise OptionError("--max-memory does not go with --layers-per-pass; leave one out.")
+    if memory_limit(options.max_memory) is not None and options.layers_per_pass is not None:
+        raise OptionError("--max-memory does not go with --layers-per-pass; leave one out.")
     if options.resume and options.cache_dir is not None:
         raise OptionError("--cache-dir keeps the passes already; leave out --resume.")
     preset = Registry().resolve("preset", options.preset)
@@ -210,6 +207,7 @@ def assembled(request: Request) -> Assembled:
 
     options, pipeline = request.options, request.pipeline
     rows = data.load_rows(options.data, split=options.split)
+    _check_targets(request)
     loaded = models.load_model(
         options.model,
         device=options.device,
@@ -228,6 +226,20 @@ def assembled(request: Request) -> Assembled:
         for part in (samples.samples, samples.unseen)
     )
     return Assembled(pipeline, loaded, taken, unseen, request.lora, tuple(notes))
+
+
+def _check_targets(request: Request) -> None:
+    """Refuses targets by the model's shapes alone: its weights may take minutes to come."""
+    from lora_da_core import adapter, models
+
+    options = request.options
+    try:
+        shapes = models.load_shapes(
+            options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        )
+    except ModelError:
+        return  # loading the model says what is wrong, or does without
+    adapter.resolve_targets(shapes.model, request.lora, unsupported=request.pipeline.config.unsupported)
 
 
 # Going on

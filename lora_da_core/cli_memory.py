@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_options import memory_limit
 from lora_da_core.data import Rows, TextOptions
 from lora_da_core.pipeline import Pipeline
 
@@ -33,16 +34,15 @@ def needed_offload(
 
     from lora_da_core import data, models
     from lora_da_core.budget import resident_within
-    from lora_da_core.memory.workload import parse_size
 
-    if options.max_memory is None:
+    limit = memory_limit(options.max_memory)
+    if limit is None:
         return None
     source, trusted = options.model, options.trust_remote_code
     shapes = models.load_shapes(source, device=options.device, dtype=options.dtype, trust_remote_code=trusted)
     tokenizer, _ = models.load_tokenizer(source, trust_remote_code=trusted)
     samples = data.encode_text(rows, tokenizer, text, model_limit=shapes.max_positions).samples
     batches = data.batches(samples, pad_token_id=tokenizer.pad_token_id, batch_size=options.batch_size)
-    limit = parse_size(options.max_memory)
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
     resident = resident_within(pipeline, shapes.model, lora, batches, shapes.device, limit, by_block=alone)
     return None if resident is None else models.Offload(resident, options.offload_dir)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
+
+import typer
 
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, Preset
 from lora_da_core.errors import OptionError
@@ -61,6 +63,23 @@ def module_names(text: str) -> str | list[str]:
     return names
 
 
+def memory_limit(text: str | None) -> int | None:
+    """What `--max-memory` says, in bytes.
+
+    Args:
+        text: A size such as `24GiB`; None where no limit is given.
+
+    Raises:
+        OptionError: It is no size; the message names the option.
+    """
+    from lora_da_core.memory.workload import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except OptionError as error:
+        raise OptionError(f"--max-memory: {error}") from error
+
+
 def command_of(options: type[OptionsT], body: Callable[[OptionsT], None]) -> Callable[..., None]:
     """A function with one parameter per field of `options`, as typer wants it, that calls `body` with an instance.
 
@@ -82,6 +101,31 @@ def command_of(options: type[OptionsT], body: Callable[[OptionsT], None]) -> Cal
     command.__annotations__ = hints
     command.__doc__ = body.__doc__
     return command
+
+
+def parsed(options: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
+    """Options from a file's values, read as the command line reads them.
+
+    Args:
+        options: A dataclass as `command_of` takes it.
+        values: By field name, as `file_defaults` gives them.
+
+    Returns:
+        An instance.
+
+    Raises:
+        OptionError: A value is not of its option's type, or one that must be given is not there.
+    """
+    made: list[OptionsT] = []
+    program = typer.Typer(add_completion=False)
+    program.command()(command_of(options, made.append))
+    try:
+        typer.main.get_command(program).main([], "settings", standalone_mode=False, default_map=dict(values))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own, whose class has moved between its versions
+            raise
+        raise OptionError(f"{error.format_message().rstrip('.')}.") from error
+    return made[0]
 
 
 def _pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import DTYPES, component_choice, module_names
+from lora_da_core.cli_options import DTYPES, component_choice, memory_limit, module_names
 from lora_da_core.errors import LoraDAError, OptionError
 from lora_da_core.types import StatisticsDevice
 
@@ -106,9 +106,8 @@ def plan(options: PlanOptions) -> None:
     """Say what a run would take, from the model's configuration alone: memory, passes and what they are made of."""
     from lora_da_core import adapter, models
     from lora_da_core.memory import estimate_memory
-    from lora_da_core.memory.workload import parse_size
 
-    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    limit = memory_limit(options.max_memory)
     pipeline = _pipeline(options)
     lora = adapter.lora_config(
         rank=options.rank,

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_da_core.cli_config_file import file_defaults
 from lora_da_core.cli_init import assembled, requested
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import DTYPES
+from lora_da_core.cli_options import DTYPES, parsed
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -91,17 +92,12 @@ def _options_of(directory: Path, given: Mapping[str, Any]) -> InitOptions:
     """What the run was told, with what is given here in its place."""
     from lora_da_core import storage
 
-    values = {name.replace("-", "_"): value for name, value in storage.read_settings(directory).items()}
-    known = {entry.name for entry in fields(InitOptions)}
+    repeatable = {entry.name: entry.name.endswith("_option") for entry in fields(InitOptions)}
+    recorded = file_defaults(directory / storage.SETTINGS_FILE, repeatable)
+    chosen = {**recorded, **{name: each for name, each in given.items() if each is not None}, "output": str(directory)}
     try:
-        if not values.keys() <= known:
-            raise OptionError(
-                f"{directory} was written with other options: {', '.join(sorted(values.keys() - known))}."
-            )
-        chosen = {**values, **{name: each for name, each in given.items() if each is not None}, "output": directory}
-        cache = chosen.get("cache_dir")
-        options = InitOptions(**{**chosen, "cache_dir": None if cache is None else Path(cache)})
-    except TypeError as error:
+        options = parsed(InitOptions, chosen)
+    except OptionError as error:
         raise OptionError(f"{directory} does not say how it was made: {error}") from error
     # Statistics of all layers are wanted at once, and memory is planned for other work than this.
     return replace(options, max_memory=None, layers_per_pass=None, resume=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lora_da_core.blame import shortage_named
-from lora_da_core.errors import OptionError
+from lora_da_core.errors import AdapterError, OptionError
 from lora_da_core.pipeline import Pipeline, build_pipeline
 from lora_da_core.types import Batch, LoraDAResult
 
@@ -41,6 +41,7 @@ def get_lora_da_model(
 
     Raises:
         OptionError: Not exactly one of `batches` and `result` is given, a pipeline beside a result, or a PeftModel.
+        AdapterError: The result is of another base, or of other layers than the configuration adapts.
     """
     from lora_da_core import adapter
 
@@ -54,8 +55,28 @@ def get_lora_da_model(
     if result is None:
         assert batches is not None
         result = (pipeline or build_pipeline()).run(model, batches, peft_config)
+    else:
+        _check_base(model, result)
     fitted, start = get_lora_da_config(peft_config, result), result.report.config
     return adapter.apply(model, fitted, result.factors, adapter_name, offset=start["offset"], frozen=start["frozen"])
+
+
+def _check_base(model: nn.Module, result: LoraDAResult) -> None:
+    """Refuses a model whose weights are not those that the result was computed from."""
+    from lora_da_core import adapter
+
+    if adapter.fingerprint(model) == result.report.base:
+        return
+    here = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+    foreign = [name for name in result.factors if name not in here]
+    if foreign:
+        reason = f"{len(foreign)} of its {len(result.factors)} layers are not in this model, the first is {foreign[0]}"
+    else:
+        reason = "its layers are in this model, but the base's weights differ in shape, dtype or value"
+    raise AdapterError(
+        f"the result was computed on another base: {reason}. Give the model that the run saw, as it was, or run on "
+        "this one."
+    )
 
 
 def get_lora_da_config(peft_config: LoraConfig, result: LoraDAResult) -> LoraConfig:

@@ -217,12 +217,14 @@ class Registry:
         try:
             options = cls.Options(**given)
         except (ValueError, TypeError) as error:
-            raise OptionError(f"{kind} {name!r}: {error}") from error
+            raise OptionError(f"{kind} {name!r}: {_sentence(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{named} raised when its options were made: {_describe(error)}") from error
         try:
             component = cls(options)
         except (OptionError, PluginError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{named} raised when it was made: {_describe(error)}") from error
         if getattr(component, "options", None) != options:
             raise PluginError(f"{named} does not keep its options; its __init__ must call super().__init__(options)")
@@ -250,7 +252,7 @@ class Registry:
             wanted = [arguments[name] for name in implementation.argnames]
             try:
                 name = implementation.function(*wanted)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise PluginError(
                     f"lora_da_choose_solver of {implementation.plugin_name}: {_describe(error)}"
                 ) from error
@@ -278,7 +280,7 @@ class Registry:
             values = {"layer": layer, "report": report}
             try:
                 implementation.function(*[values[name] for name in implementation.argnames])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 faults.append(f"lora_da_layer_finished of {implementation.plugin_name}: {_describe(error)}")
         return faults
 
@@ -299,6 +301,12 @@ def _distribution(point: EntryPoint) -> str:
 def _describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _sentence(error: BaseException) -> str:
+    """What a plugin says of its options, with the full stop that every message of ours has."""
+    text = str(error).strip()
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _fault(component: Any, expected: type) -> str:

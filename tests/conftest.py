@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import Phase, settings
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # Small tensors gain nothing from threads, and equal bytes need equal thread counts; also in processes that tests start.
 torch.set_num_threads(1)
@@ -140,8 +141,8 @@ def _state(model: nn.Module) -> dict[str, Any]:
     named = list(model.named_parameters(remove_duplicate=False))
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "weights": [(name, id(p), p.detach().clone().numpy().tobytes()) for name, p in named],
-        "buffers": [(name, b.detach().clone().numpy().tobytes()) for name, b in model.named_buffers()],
+        "weights": [(name, id(p), _bytes(p)) for name, p in named],
+        "buffers": [(name, _bytes(b)) for name, b in model.named_buffers()],
         "requires_grad": [(name, p.requires_grad, p.grad is None) for name, p in named],
         "modes": [(name, module.training) for name, module in model.named_modules()],
         "hooks": [
@@ -149,6 +150,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
             for name, module in model.named_modules()
         ],
     }
+
+
+def _bytes(tensor: torch.Tensor) -> bytes | None:
+    """A tensor's values; None of one that has none."""
+    values = tensor.detach()
+    return None if values.is_meta or isinstance(values, FakeTensor) else values.clone().numpy().tobytes()
 
 
 ROWS = 48

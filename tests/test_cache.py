@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import queue
 import random
 import resource
 import shutil
@@ -401,6 +402,36 @@ def test_two_processes_at_once_compute_once(tmp_path: Path, processes: Any) -> N
         assert process.exitcode == 0
     assert sorted(forwards for forwards, _ in found) == [0, PASSES]
     assert found[0][1] == found[1][1]
+    assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob(".*"))
+
+
+def run_until_killed(cache_dir: Path, began: Any) -> None:
+    def stop(phase: str, done: int, total: int | None) -> None:
+        if phase == "statistics" and done == 1:
+            began.set()
+            signal.pause()
+
+    lora_da_core.build_pipeline(config=FIXED).run(
+        make_tiny_llama(), made_batches(), lora(), cache_dir=cache_dir, on_progress=stop
+    )
+
+
+def test_whoever_waits_for_a_process_that_is_killed_computes(tmp_path: Path, processes: Any) -> None:
+    began, barrier, results = processes.Event(), processes.Barrier(2), processes.Queue()
+    first = processes.Process(target=run_until_killed, args=(tmp_path, began))
+    second = processes.Process(target=run_in_step, args=(tmp_path, barrier, results))
+    first.start()
+    assert began.wait(timeout=180), "it did not come to its passes"
+    second.start()
+    barrier.wait(timeout=120)
+    with pytest.raises(queue.Empty):  # it waits for the one that has the lock, and stands still
+        results.get(timeout=2)
+    first.kill()
+    first.join()
+    forwards, digests = results.get(timeout=180)
+    second.join(timeout=60)
+    assert second.exitcode == 0 and forwards == PASSES
+    assert digests == [(layer.digest_A, layer.digest_B) for layer in run(None)[0].report.layers]
     assert len(entries(tmp_path)) == 1 and not list(tmp_path.glob(".*"))
 
 

@@ -105,7 +105,7 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "new", "--cache-dir", "data.jsonl"), "data.jsonl is a file"),
         ((*INIT, "--output", "model", "--overwrite"), "holds no earlier run"),
-        ((*INIT, "--output", "new", "--max-memory", "lots"), "no size of memory"),
+        ((*INIT, "--output", "new", "--max-memory", "12"), "error: --max-memory: '12' is no size of memory"),
         ((*INIT, "--output", "new", "--max-memory", "1GiB", "--layers-per-pass", "2"), "leave one out"),
         ((*INIT, "--output", "new", "--resume", "--cache-dir", "c"), "leave out --resume"),
         ((*INIT, "--output", "new", "--process-timeout", "0"), "process_timeout is 0"),
@@ -125,7 +125,7 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--batch-size", "0"), "batch_size is 0"),
         ((*INIT, "--output", "new", "--config", "missing.toml"), "missing.toml cannot be read"),
         (("plan",), "Missing option '--model'"),
-        (("plan", "--model", "model", "--max-memory", "24"), "'24' is no size of memory"),
+        (("plan", "--model", "model", "--max-memory", "24"), "--max-memory: '24' is no size of memory"),
         (("plan", "--model", "model", "--max-memory", "24gib"), "such as 24GiB"),
         (("plan", "--model", "model", "--throughput", "0"), "throughput is 0"),
         (("plan", "--model", "model", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
@@ -190,6 +190,22 @@ def test_failure_is_one_error_line_and_status_1(world, arguments, message):
     last = outcome.stderr.splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in outcome.output and not (world / "new").exists()
+
+
+@pytest.mark.parametrize("targets", ["nosuch", ".*nosuch.*"])
+def test_targets_that_are_not_there_are_refused_before_weights_are_read(world, no_loading, targets):
+    outcome = run(world, *INIT, "--output", "new", "--target-modules", targets)
+    assert outcome.exit_code == 1 and outcome.stderr.count("\n") == 1, outcome.output
+    assert outcome.stderr.startswith(f"error: target_modules ['{targets}'] cannot be adapted.")
+    assert "gate_proj" in outcome.stderr and not (world / "new").exists()
+
+
+def test_a_target_that_is_not_there_beside_one_that_is_stands_in_the_notes(world):
+    outcome = run(
+        world, *INIT, "--output", "partly", "--rank", "2", "--samples", "8", "--target-modules", "q_proj,vproj"
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert "no module has these names of target_modules: vproj" in " ".join(outcome.output.split())
 
 
 def test_debug_adds_the_traceback_wherever_it_stands(world):

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import (
+    AdapterError,
     ConvergenceError,
     DataError,
     LoraDAConfig,
@@ -71,6 +72,8 @@ class Bench:
     site: Site
     log: pytest.LogCaptureFixture
     directory: Path
+    watch: Callable[[nn.Module], None]
+    """Of every model that is run: it must be found again as it was then."""
     model: nn.Module = field(default_factory=lambda: make_tiny_llama().train())
     batches: Batches = field(default_factory=lambda: make_batches(make_samples()))
 
@@ -86,11 +89,17 @@ class Bench:
     ) -> LoraDAResult:
         pipeline = lora_da_core.build_pipeline(config=config, **components)
         data = self.batches if batches is None else batches
+        if model is not None:
+            self.watch(model)
         return pipeline.run(self.model if model is None else model, data, lora, cache_dir=cache)
 
     def replaced(self, name: str, change: Callable[[Tensor], Any]) -> list[dict[str, Any]]:
         """The batches with one of their tensors changed."""
         return [{**batch, name: change(batch[name])} for batch in self.batches]
+
+    def files(self) -> list[Path]:
+        found = [path.relative_to(self.directory) for path in self.directory.rglob("*") if path.is_file()]
+        return [path for path in found if path.suffix != ".lock"]
 
     def warnings(self) -> str:
         return "\n".join(record.getMessage() for record in self.log.records)
@@ -176,6 +185,45 @@ def raises_midway(bench: Bench) -> None:
 
     bench.patch.setattr(Full, "accumulator", spoiled)
     bench.run()
+
+
+def exits_midway(bench: Bench) -> None:
+    def leaving(self: Any, model: nn.Module, batch: Any) -> Tensor:
+        raise SystemExit(0)
+
+    bench.patch.setattr(CausalLM, "losses", leaving)
+    bench.run()
+
+
+BRITTLE = """
+@dataclass(frozen=True)
+class Options:
+    size: int = 1
+    def __post_init__(self):
+        {}[self.size]
+
+""" + SOLVER.format(name="brittle").replace("NoOptions", "Options").replace(
+    "api_version = 1", "api_version, Options = 1, Options"
+)
+
+
+def options_that_raise(bench: Bench) -> None:
+    bench.site.install("acme-brittle", BRITTLE)
+    lora_da_core.build_pipeline(solver="brittle")
+
+
+def another_base(bench: Bench) -> None:
+    result, other = bench.run(), make_tiny_llama()
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1e-3
+    bench.watch(other)
+    lora_da_core.get_lora_da_model(other, LORA, result=result)
+
+
+def partly_matched(bench: Bench) -> None:
+    found = bench.run(lora=LoraConfig(r=2, target_modules=["q_proj", "v_proj", "vproj"]))
+    assert "no module has these names of target_modules: vproj" in found.report.notes
+    assert same(found, bench.run())
 
 
 def gives_step(change: Callable[[Tensor], Tensor]) -> Callable[[Bench], None]:
@@ -494,6 +542,10 @@ FAULTS = [
           PluginError, rf"gradient 'full' \(lora-da-core .*\) raised on layer {LAYER} in batch 2: ZeroDivisionError",
           ("tests/test_registry.py::test_a_faulty_estimator_is_named_and_the_model_is_as_found",
            "tests/test_registry.py::test_a_faulty_objective_is_named")),
+    Fault("a plugin exits mid-run", "the same", exits_midway, PluginError,
+          r"objective 'causal_lm' .* raised in batch 0: SystemExit"),
+    Fault("a plugin's options raise", "an error that names plugin and distribution", options_that_raise, PluginError,
+          r"solver 'brittle' \(acme-brittle 1\.2\) raised when its options were made: KeyError: 1"),
     Fault("a plugin returns a wrong shape", "an error that names plugin, layer and both shapes",
           gives_step(lambda step: step[:, :5]), PluginError,
           rf"estimator 'kfac' .* gave a step of shape \(5, \d+\) on {LAYER}, not \(32, \d+\)"),
@@ -543,7 +595,9 @@ FAULTS = [
           DataError, rf"layer {LAYER}: \d+ tokens count for the Fisher, fewer than the rank 16\. Give more samples"),
     Fault("targets that match nothing", "an error that lists the layers there are",
           lambda bench: bench.run(lora=LoraConfig(r=2, target_modules=["nowhere"])), TargetError,
-          r"target_modules \['nowhere'\] cannot be adapted\. Layers here: .*q_proj"),
+          r"target_modules \['nowhere'\] cannot be adapted\. Layers here: .*q_proj",
+          ("tests/test_cli.py::test_targets_that_are_not_there_are_refused_before_weights_are_read",)),
+    Fault("a target that matches nothing beside others", "it is named in the report", partly_matched),
     Fault("a layer that never runs", "an error that names it and how to leave it out", spare_layer, TargetError,
           "1 targeted layers never ran on this data, the first is spare.*exclude_modules"),
     Fault("an expert that no token reaches", "it starts at PEFT's default, and is named", unrouted,
@@ -607,13 +661,19 @@ FAULTS = [
     Fault("a stale cache entry", "it is not used; what differs is named", stale,
           tests=("tests/test_cache.py::test_whatever_differs_is_named_and_computed",)),
     Fault("two runs on one cache", "one computes, the other waits and reads",
-          tests=("tests/test_cache.py::test_two_processes_at_once_compute_once",)),
+          tests=("tests/test_cache.py::test_two_processes_at_once_compute_once",
+                 "tests/test_cache.py::test_whoever_waits_for_a_process_that_is_killed_computes")),
     Fault("ranks that disagree", "no rank begins; each names the rank and what differs",
           tests=("tests/test_rank_faults.py::test_ranks_that_were_told_different_things_do_not_begin",)),
     Fault("a rank raises, is killed or is late",
           "every other rank ends with an error that names it; nothing is written half",
           tests=("tests/test_rank_faults.py::test_a_fault_at_any_phase_is_named_by_every_other_rank",
                  "tests/test_rank_faults.py::test_a_rank_that_lives_but_does_not_come_is_named")),
+    Fault("damaged settings of a run", "an error that names the directory",
+          tests=("tests/test_fuzz_options.py::test_settings_of_a_run_that_were_changed_are_obeyed_or_refused",)),
+    Fault("a result of another base", "an error that says what differs, before the model is wrapped", another_base,
+          AdapterError, "computed on another base: its layers are in this model, but the base's weights differ",
+          ("tests/test_pipeline.py::test_a_result_of_another_base_is_refused",)),
     Fault("a damaged report", "an error that names the file",
           tests=("tests/test_storage.py::test_a_damaged_report_is_refused",)),
     Fault("PEFT holds something else than was written", "the adapter is as it was before",
@@ -630,13 +690,15 @@ def bench(
     site: Site,  # noqa: F811
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
+    model_unchanged: Callable[[nn.Module], None],
 ) -> Iterator[Bench]:
     caplog.set_level(logging.WARNING)
     directory = tmp_path / "files"
     directory.mkdir()
-    made = Bench(monkeypatch, site, caplog, directory)
+    made = Bench(monkeypatch, site, caplog, directory, model_unchanged)
     for parameter in list(made.model.parameters())[:3]:
         parameter.requires_grad_(False)
+    model_unchanged(made.model)
     yield made
 
 
@@ -646,9 +708,8 @@ def states() -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("fault", PROVOKED, ids=lambda fault: fault.name.replace(" ", "-"))
-def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench, model_unchanged: Callable[[nn.Module], None]) -> None:
+def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench) -> None:
     assert fault.provoke is not None
-    model_unchanged(bench.model)
     before = states()
     if fault.error is None:
         fault.provoke(bench)
@@ -658,8 +719,8 @@ def test_a_fault_is_met_as_promised(fault: Fault, bench: Bench, model_unchanged:
         text = " ".join(str(caught.value).split())
         assert re.search(fault.words, text), text
         assert caught.type is fault.error or fault.error is not LoraDAError
-        files = [path for path in bench.directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
-        assert files == []
+        assert bench.files() == []
+    assert all("cache" in path.parts for path in bench.files()), "files were left that nobody asked for"
     assert states() == before, "a global random state moved"
 
 

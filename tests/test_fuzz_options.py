@@ -24,6 +24,7 @@ from lora_da_core.ablation.grid import make_grid, read_grid
 from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
 from lora_da_core.cli import app
 from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_plan import PlanOptions
 from lora_da_core.registry import Registry
 
 REGISTRY = Registry()
@@ -90,14 +91,15 @@ VALUES = st.recursive(
 )
 FIELDS = [entry.name for entry in dataclasses.fields(InitOptions)]
 OPTIONS = [name for name in FIELDS if name not in ("model", "data", "output", "config", "device", "cache_dir", "plot")]
+PLAN = [entry.name for entry in dataclasses.fields(PlanOptions) if entry.name not in ("model", "as_json")]
 FLAGS = ("overwrite", "use_rslora", "normalize", "trust_remote_code")
 
 
 @st.composite
-def command_lines(draw: st.DrawFn) -> list[str]:
-    """Some options of `init`, with values that fit their kind and values that do not."""
+def command_lines(draw: st.DrawFn, options: list[str]) -> list[str]:
+    """Some options of a command, with values that fit their kind and values that do not."""
     found: list[str] = []
-    for name in draw(st.lists(st.sampled_from(OPTIONS), max_size=4)):
+    for name in draw(st.lists(st.sampled_from(options), max_size=4)):
         option = f"--{name.replace('_', '-')}"
         if name in FLAGS:
             found.append(option)
@@ -133,7 +135,7 @@ def _back() -> Any:
     os.chdir(before)
 
 
-@given(arguments=command_lines())
+@given(arguments=command_lines(OPTIONS))
 @fuzzed(20, 300)
 def test_any_command_line_gives_an_adapter_or_one_line(here: Path, arguments: list[str]) -> None:
     target = here / "fuzzed"
@@ -148,6 +150,15 @@ def test_any_command_line_gives_an_adapter_or_one_line(here: Path, arguments: li
         storage.read_report(target)
     else:
         assert not [entry for entry in here.iterdir() if entry.name.startswith(".fuzzed.")], "a temporary was left"
+
+
+@given(arguments=command_lines(PLAN))
+@fuzzed(20, 300)
+def test_any_command_line_gives_a_plan_or_one_line(here: Path, arguments: list[str]) -> None:
+    outcome = invoke("plan", "--model", "model", "--json", *arguments)
+    event(f"exit code {outcome.exit_code}")
+    if outcome.exit_code == 0:
+        assert json.loads(outcome.stdout)["peak_bytes"] > 0
 
 
 @given(
@@ -271,12 +282,66 @@ def test_any_configuration_gives_a_pipeline_or_one_clear_error(values: dict[str,
         event("refused")
 
 
+RUN = (
+    "init",
+    "--model",
+    "model",
+    "--data",
+    "data.jsonl",
+    "--samples",
+    "8",
+    "--rank",
+    "2",
+    "--target-modules",
+    "q_proj",
+)
+
+
 @pytest.fixture(scope="module")
-def report(here: Path) -> dict[str, Any]:
+def reported(here: Path) -> Path:
+    """A run's directory."""
+    assert invoke(*RUN, "--output", "reported").exit_code == 0
+    return here / "reported"
+
+
+@pytest.fixture(scope="module")
+def report(reported: Path) -> dict[str, Any]:
     """A run's report, as JSON values."""
-    invoke("init", "--model", "model", "--data", "data.jsonl", "--output", "reported", "--samples", "8", "--rank", "2")
-    found: dict[str, Any] = json.loads((here / "reported" / storage.REPORT_FILE).read_text())
+    found: dict[str, Any] = json.loads((reported / storage.REPORT_FILE).read_text())
     return found
+
+
+@given(
+    changes=st.dictionaries(
+        st.sampled_from([name.replace("_", "-") for name in FIELDS]) | st.text(max_size=5),
+        VALUES,
+        min_size=1,
+        max_size=2,
+    ),
+    content=st.none() | VALUES,
+)
+@fuzzed(20, 300)
+def test_settings_of_a_run_that_were_changed_are_obeyed_or_refused(
+    reported: Path, changes: dict[str, Any], content: Any
+) -> None:
+    path = reported / storage.SETTINGS_FILE
+    before = path.read_text()
+    changed = {**json.loads(before), **changes} if content is None else content
+    try:
+        path.write_text(json.dumps(changed, default=str), encoding="utf-8")
+        for command in (
+            ["verify", "reported", "--numerics", "--device", "cpu"],
+            [*RUN, "--output", "reported", "--resume"],
+        ):
+            outcome = CliRunner(env={"HF_HUB_OFFLINE": "1"}).invoke(app, command)
+            event(f"{command[0]}: exit code {outcome.exit_code}")
+            assert outcome.exit_code in (0, 1, 2) and "(unexpected; --debug" not in outcome.output, outcome.output[
+                -600:
+            ]
+            failed = outcome.exit_code and "✗" not in outcome.output
+            assert outcome.stderr.count("error: ") == bool(failed), outcome.output[-600:]
+    finally:
+        path.write_text(before)
 
 
 @given(place=st.lists(st.integers(0, 30), min_size=1, max_size=3), value=VALUES, removed=st.booleans())

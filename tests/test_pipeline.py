@@ -17,7 +17,7 @@ from torch import nn
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, OptionError, adapter
+from lora_da_core import AdapterError, LoraDAConfig, OptionError, adapter
 from lora_da_core.probe import LowRankProbe
 
 Watch = Callable[[nn.Module], None]
@@ -65,6 +65,43 @@ def test_a_result_becomes_the_adapter_that_one_call_gives(batches: Batches, pres
         lora_da_core.get_lora_da_model(make_tiny_llama(), LORA)
     with pytest.raises(OptionError, match="leave out pipeline"):
         lora_da_core.get_lora_da_model(make_tiny_llama(), LORA, result=result, pipeline=pipeline)
+
+
+def _with_a_weight_changed() -> nn.Module:
+    model = make_tiny_llama()
+    model.lm_head.weight.data[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (_with_a_weight_changed, "another base: its layers are in this model, but the base's weights differ"),
+        (lambda: make_tiny_llama(hidden_size=64), "another base: its layers are in this model, but .* differ in shape"),
+        (lambda: make_tiny_llama(torch.float64), "another base: its layers are in this model, but .* dtype"),
+        (lambda: make_tiny_llama(num_hidden_layers=1), r"7 of its 14 layers are not in this model, .*layers\.1\."),
+    ],
+)
+def test_a_result_of_another_base_is_refused(
+    batches: Batches, model_unchanged: Watch, other: Callable[[], nn.Module], message: str
+) -> None:
+    result = lora_da_core.build_pipeline().run(make_tiny_llama(), batches, LORA)
+    model = other()
+    model_unchanged(model)
+    with pytest.raises(AdapterError, match=message):
+        lora_da_core.get_lora_da_model(model, LORA, result=result)
+    assert not isinstance(model, PeftModel) and not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_result_of_other_layers_is_refused(batches: Batches, model_unchanged: Watch) -> None:
+    model = make_tiny_llama()
+    result = lora_da_core.build_pipeline().run(model, batches, LORA)
+    model_unchanged(model)
+    fewer = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(
+        AdapterError, match=r"the factors do not fit adapter 'default': 0 .*24 given ones are not in it"
+    ):
+        lora_da_core.get_lora_da_model(model, fewer, result=result)
 
 
 @pytest.mark.parametrize("preset", ["robust", "paper"])

@@ -20,6 +20,8 @@ from lora_da_core.solving import LayerSolution, LayerSolver
 from lora_da_core.types import EigenResult, FisherStatistics, LayerSpec
 from lora_da_estimators.identity import Identity
 from lora_da_solvers import _ritz, lanczos
+from lora_da_solvers._expansion import Expansion
+from lora_da_solvers._subspace import Subspace
 from lora_da_solvers.arpack import Arpack
 from lora_da_solvers.davidson import Davidson
 from lora_da_solvers.eigh import Eigh
@@ -200,6 +202,53 @@ def test_3_no_inverse_is_made_on_a_cpu_unless_asked_for(monkeypatch: pytest.Monk
     assert not bool(solve("lanczos", heavy, 8).converged)
     with pytest.raises(AssertionError, match="made one"):
         solve("lanczos", heavy, 8, shift_invert=True)
+
+
+def test_3_an_inverse_is_made_on_an_accelerator_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[int] = []
+    inverted = lanczos.inverted
+
+    def noted(operator: Dense, found: EigenResult, norm: Tensor, **settings: Any) -> EigenResult:
+        before.append(found.applies)
+        return inverted(operator, found, norm, **settings)
+
+    monkeypatch.setattr(lanczos, "inverted", noted)
+    monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
+    heavy = Dense(_top_heavy().to_dense())
+    assert not bool(solve("lanczos", heavy, 8, shift_invert=False).converged) and before == []
+    found = solve("lanczos", heavy, 8)
+    assert bool(found.converged) and [found.applies > krylov for krylov in before] == [True]
+    exact = heavy.matrix @ found.vectors - found.vectors * found.values
+    torch.testing.assert_close(
+        found.residuals, exact.norm(dim=0), rtol=1e-3, atol=1e-12 * float(eigenvalues(heavy)[-1])
+    )
+
+
+def expanded(monkeypatch: pytest.MonkeyPatch, budget: int) -> tuple[EigenResult, int]:
+    """What comes of exact eigenvectors of which the lowest is not one; and how often it was verified."""
+    rounds: list[None] = []
+    verify = Expansion._verify
+    monkeypatch.setattr(Expansion, "_verify", lambda self: (rounds.append(None), verify(self))[1])
+    values = torch.arange(200, dtype=torch.float64)
+    operator, inverse = Dense(torch.diag(values)), Dense(torch.diag(1 / (values + 1)))
+    space = Subspace(operator, 80, torch.Generator().manual_seed(0))
+    wrong = torch.eye(200, dtype=torch.float64)[:, 1:9]
+    space.seed(wrong, operator.matmat(wrong))
+    space.norm = torch.tensor(199.0, dtype=torch.float64)
+    space.applies = 1
+    search = Expansion(space, 4, 8, tolerance=1e-8, budget=budget, inverse=lambda _: inverse.matmat)
+    return search.result(), len(rounds)
+
+
+def test_1_a_verification_that_finds_something_lower_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rounds = expanded(monkeypatch, budget=1000)
+    assert bool(found.converged) and rounds >= 2
+    torch.testing.assert_close(found.values, torch.arange(4, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_1_what_is_not_verified_is_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, rounds = expanded(monkeypatch, budget=4)
+    assert rounds == 0 and float(found.residuals.max()) == 0 and not bool(found.converged)
 
 
 def _top_heavy() -> TopHeavy:

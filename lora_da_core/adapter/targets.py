@@ -36,11 +36,16 @@ class Targets:
     modules: Mapping[str, nn.Module]
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reason by name of the module."""
+    unmatched: tuple[str, ...] = ()
+    """Names of a list that no module has, while others were found: PEFT passes over them in silence."""
 
     @property
     def notes(self) -> list[str]:
         """What is skipped, for the report."""
-        return [f"left at PEFT's own initialisation: {name} ({reason})" for name, reason in self.skipped.items()]
+        skipped = [f"left at PEFT's own initialisation: {name} ({reason})" for name, reason in self.skipped.items()]
+        if not self.unmatched:
+            return skipped
+        return [f"no module has these names of target_modules: {', '.join(self.unmatched)}", *skipped]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -170,7 +175,15 @@ def resolve_targets(
             found = specs_of(name, layer, carried)
             specs += found
             modules.update(dict.fromkeys((spec.name for spec in found), _base_layer(named[base_name(name)])))
-    return Targets(tuple(specs), modules, skipped)
+    return Targets(tuple(specs), modules, skipped, _unmatched(peft_config, named))
+
+
+def _unmatched(peft_config: LoraConfig, names: Iterable[str]) -> tuple[str, ...]:
+    """The entries of a list of targets that end no module's name."""
+    targets = peft_config.target_modules
+    wanted = [] if targets is None or isinstance(targets, str) else sorted(targets)
+    dotted = [f".{name}" for name in names]
+    return tuple(each for each in wanted if not any(name.endswith(f".{each}") for name in dotted))
 
 
 def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
