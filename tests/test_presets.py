@@ -259,12 +259,14 @@ def test_peft_s_own_lora_fa_optimizer_trains_the_same_factors_from_our_a() -> No
 # Offsets
 
 
-@pytest.mark.parametrize("preset", ["lora_ga", "loi", "pissa"])
+@pytest.mark.parametrize("preset", ["lora_ga", "loi", "pissa", "lora_one"])
 @pytest.mark.parametrize("offset", ["base", "frozen_adapter"])
 def test_an_offset_starts_at_the_base_s_function(preset: str, offset: str) -> None:
     batches, model = data(), make_tiny_llama()
     before = model(**batches[0]).logits.detach()
     wrapped = lora_da_core.get_lora_da_model(model, config(), batches, pipeline=pipeline(preset, offset=offset)).eval()
+    # The steps are not nothing.
+    assert all(bool(value.any()) for name, value in wrapped.named_parameters() if ".lora_B.default." in name)
     torch.testing.assert_close(wrapped(**batches[0]).logits.detach(), before, rtol=1e-4, atol=1e-4)
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert trained and all(".default." in name for name in trained)
