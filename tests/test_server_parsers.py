@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
+from lora_da_core import LoraDAConfig
 
 WHEELS = os.environ.get("LORA_DA_SERVER_WHEELS", "")
 pytestmark = pytest.mark.skipif(
@@ -114,7 +115,11 @@ ours, held = load_file(given + "/adapter/adapter_model.safetensors"), model.stat
 answer = {"same": [bool(torch.equal(held[key.replace(".weight", ".default.weight")], ours[key])) for key in ours]}
 answer["trainable"] = sum(parameter.requires_grad for parameter in model.parameters())
 answer["saved"] = trained(model, tokenizer, lambda trainer: None)
-start = lambda trainer: answer.update(samples=lora_da_core.init_before_training(trainer, samples=16).samples)
+
+def start(trainer):
+    report = lora_da_core.init_before_training(trainer, samples=16)
+    answer.update(samples=report.samples, scale=report.scale)
+
 for name, prepare in (("default", lambda trainer: None), ("ours", start)):
     model, tokenizer = FastLanguageModel.from_pretrained(model_name=given + "/model", **settings)
     model = FastLanguageModel.get_peft_model(model, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
@@ -184,7 +189,11 @@ def saved_of(world: Path, directory: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(directory / "model")
     lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     batches = make_batches(make_samples(12, vocab=47), 6)
-    lora_da_core.get_lora_da_model(base, lora, batches).save_pretrained(directory / "adapter")
+    # Of random labels the search would take no step, and a B of zeros would show less.
+    pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(gamma=64.0))
+    model = lora_da_core.get_lora_da_model(base, lora, batches, pipeline=pipeline)
+    assert all(bool(value.any()) for name, value in model.named_parameters() if ".lora_" in name)
+    model.save_pretrained(directory / "adapter")
 
 
 def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
@@ -209,8 +218,10 @@ def test_unsloth_trains_from_our_start(world: Path, tmp_path: Path) -> None:
     found: Any = answered(Path(WHEELS, "unsloth"), UNSLOTH, tmp_path)
     assert found["same"] == [True] * 14 and found["trainable"] == 14
     assert len(found["saved"]) == len(found["ours"]) == 3 and all(map(math.isfinite, found["saved"] + found["ours"]))
+    # Two of three labels are the same word in every row, so the search is sure of a step.
+    assert found["samples"] == 16 and found["scale"]["multiplier"] > 0
     # The same first batch.
-    assert found["samples"] == 16 and found["ours"][0] < found["default"][0]
+    assert found["ours"][0] < found["default"][0]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     reloaded = PeftModel.from_pretrained(base, tmp_path / "trained").state_dict()
     trained = load_file(tmp_path / "trained" / "adapter_model.safetensors")
