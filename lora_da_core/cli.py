@@ -170,7 +170,7 @@ def _inspect(
     from lora_da_core.report import plot_spectra
 
     if use is not None:
-        from lora_da_core.usage import usage
+        from lora_da_core.cli_usage import usage
 
         if as_json or plot is not None:
             raise OptionError("--use prints that alone; leave --json and --plot out.")

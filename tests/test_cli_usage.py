@@ -17,7 +17,7 @@ import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import OptionError, StorageError
 from lora_da_core.cli import app
-from lora_da_core.usage import PROGRAMS, usage
+from lora_da_core.cli_usage import PROGRAMS, usage
 
 ODD = 'it\'s "an adapter": $HOME'
 """A name that every program's syntax would take for something else."""
