@@ -99,9 +99,9 @@ QUANTIZATIONS = [
         "test_quantized::test_a_gguf_base_is_initialised_as_the_plain_model_it_becomes_and_reloads_on_the_file",
     ),
     shown(
-        "`offset=` on packed weights",
-        "they cannot be written",
-        "test_presets::test_an_offset_is_refused_where_it_cannot_be_had",
+        '`offset="base"` on packed weights',
+        'they cannot be written; `offset="frozen_adapter"` works',
+        "test_presets::test_packed_weights_are_read_by_what_they_do",
         verdict="refused",
     ),
 ]
@@ -240,6 +240,19 @@ PEERS = [
         "test_presets::test_without_an_offset_the_report_says_that_the_function_changes",
         "test_presets::test_a_frozen_offset_reloads_to_the_same_function_in_stock_peft",
         "test_layer_kinds::test_a_convolution_with_an_offset_starts_at_the_bases_function",
+    ),
+    shown(
+        "`offset=` of `lora-da init`, or with DoRA",
+        "one saved adapter would not reload to the same function; DoRA's magnitude depends on the base's weights",
+        "test_presets::test_an_offset_is_refused_where_it_cannot_be_had",
+        verdict="refused",
+    ),
+    shown(
+        '`offset="base"` on weights that are tied, or elsewhere',
+        "would change more than the layer, or be lost",
+        "test_presets::test_an_offset_is_refused_where_it_would_change_more_than_the_layer",
+        "test_offload::test_an_offset_in_weights_that_are_offloaded_is_refused",
+        verdict="refused",
     ),
     shown(
         "`offset=` on fused experts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ def config(**settings: Any) -> LoraConfig:
 
 
 def pipeline(preset: str, **changes: Any) -> Any:
-    from dataclasses import replace
-
     built = lora_da_core.build_pipeline(preset=preset, solver="eigh")
     built.config = replace(built.config, **changes)
     return built
@@ -372,11 +371,16 @@ def test_packed_weights_are_read_by_what_they_do() -> None:
     (pair,) = built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"])).factors.values()
     u, values, vh = torch.linalg.svd(dense)
     torch.testing.assert_close(pair.B @ pair.A, (u[:, :3] * values[:3]) @ vh[:3], rtol=1e-3, atol=1e-4)
+    lora = LoraConfig(r=3, lora_alpha=3, target_modules=["proj"])
+    built.config = replace(built.config, offset="base")
     with pytest.raises(OptionError, match="packed"):
-        from dataclasses import replace
-
-        built.config = replace(built.config, offset="base")
-        built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"]))
+        built.run(model, [batch], lora)
+    built.config = replace(built.config, offset="frozen_adapter")
+    inputs = torch.randn(4, 2, 20, generator=torch.Generator().manual_seed(1))
+    expected = model(inputs)
+    tuned = lora_da_core.get_lora_da_model(model, lora, [batch], pipeline=built).eval()
+    assert tuned.active_adapters == ["default", "lora_da_offset"]
+    torch.testing.assert_close(tuned(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
