@@ -8,7 +8,8 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# make compatibility: the table of docs/compatibility.md, from the results of the tests that it names (ONLY=test_sharded runs some again).
+# make compatibility: the table of docs/compatibility.md, from the results of the tests that it names (ONLY=test_sharded runs some again);
+# it fetches DeepSpeed into build/zero3.
 # make peft-suite: PEFT's own tests of LoRA from our start; fetches PEFT's sources and diffusers into build/peft.
 # make servers: other programs read our adapters; fetches them (vLLM has half a gigabyte) into build/servers.
 .PHONY: run test check nightly compatibility peft-suite servers mutation audit format clean
@@ -32,8 +33,12 @@ nightly: .venv/installed
 		--hypothesis-profile=nightly --hypothesis-show-statistics -p no:logging
 	$(BIN)/python -m pytest -m nightly
 
+ZERO3 := deepspeed==0.19.* einops hjson msgpack ninja py-cpuinfo
+
 compatibility: .venv/installed
-	PYTHONPATH=tests $(BIN)/python -c "import sys, compatibility_table as it; sys.exit(it.main(sys.argv[1:]))" $(ONLY)
+	rm -rf build/zero3
+	$(BIN)/python -m pip install --quiet --no-deps --target build/zero3 $(ZERO3)
+	PATH="$(CURDIR)/build/zero3/bin:$$PATH" PYTHONPATH=tests:$(CURDIR)/build/zero3 $(BIN)/python -c "import sys, compatibility_table as it; sys.exit(it.main(sys.argv[1:]))" $(ONLY)
 
 peft-suite: .venv/installed
 	rm -rf build/peft

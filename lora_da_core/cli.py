@@ -155,11 +155,27 @@ def _inspect(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; then a picture is saved only with --plot.")
     ] = False,
+    use: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROGRAM",
+            help="Print what a program is told to start from DIR, or to serve it, and nothing else: axolotl, "
+            "llama-factory, ms-swift, unsloth or vllm. DIR may be any saved LoRA adapter.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Show what a run found, layer by layer, and save a picture of its spectra."""
     from lora_da_core import storage
     from lora_da_core.report import plot_spectra
 
+    if use is not None:
+        from lora_da_core.cli_usage import usage
+
+        if as_json or plot is not None:
+            raise OptionError("--use prints that alone; leave --json and --plot out.")
+        typer.echo(usage(directory, use))
+        return
     report = storage.read_report(directory)
     picture = directory / PICTURE_FILE if plot is None else plot
     if not picture.parent.is_dir():

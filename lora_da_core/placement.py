@@ -73,7 +73,7 @@ def weights_present(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _gathered_by_deepspeed(module: nn.Module) -> Iterator[None]:
     """ZeRO-3 leaves a parameter empty, and knows its parts by attributes of its own; all processes must ask alike."""
-    parts = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "ds_id")]
+    parts = [parameter for parameter in module.parameters(recurse=False) if in_parts(parameter)]
     if not parts:
         yield
         return
@@ -320,7 +320,12 @@ def _gathered_bytes(module: nn.Module) -> int:
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether DeepSpeed's ZeRO-3 keeps the weights, whose sizes only it knows."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(in_parts(parameter) for parameter in model.parameters())
+
+
+def in_parts(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps a parameter; what is written into it is lost, even where it is not empty."""
+    return hasattr(parameter, "ds_id")
 
 
 def _own_bytes(module: nn.Module) -> int:

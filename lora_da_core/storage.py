@@ -24,6 +24,8 @@ from lora_da_core.types import LayerReport, RunReport
 
 REPORT_FILE = "lora_da_report.json"
 SETTINGS_FILE = "lora_da_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights."""
 LARGEST_JSON = 2**26
 """Bytes of the largest report or settings that are read; those of a thousand layers have two million."""
 
@@ -237,6 +239,24 @@ def read_settings(directory: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise StorageError(f"{directory / SETTINGS_FILE} is not a settings file.")
     return settings
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a saved PEFT adapter.
+
+    Args:
+        directory: The adapter's directory.
+
+    Returns:
+        Its values; texts do nothing to a terminal that they are shown on.
+
+    Raises:
+        StorageError: There is none, or it is damaged.
+    """
+    config = _without_controls(_read_json(directory / ADAPTER_CONFIG_FILE))
+    if not isinstance(config, dict):
+        raise StorageError(f"{directory / ADAPTER_CONFIG_FILE} is no adapter's configuration.")
+    return config
 
 
 def report_to_json(report: RunReport) -> dict[str, Any]:

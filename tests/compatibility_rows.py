@@ -23,8 +23,11 @@ def shown(what: str, remark: str, *tests: str, verdict: str = "works") -> Row:
 RELOAD = "test_architectures::test_memory_directory_and_merged_model_compute_the_same"
 EXPERTS = "test_layer_kinds::test_fused_experts_reload_and_merge"
 MINILM = "test_minilm::test_a_real_encoder_starts_below_its_base_trains_and_reloads"
+FAMILY = "test_families::test_a_family_starts_below_its_base_trains_and_reloads"
 MODELS = "test_objectives_models"
 QUANTIZED = "test_quantized::test_a_quantized_base_is_initialised_as_its_dequantized_weights"
+SINGULAR = "test_sizing::test_presets_of_the_gradient_alone_are_its_singular_vectors"
+OFFSET = "test_presets::test_an_offset_starts_at_the_base_s_function"
 ADAPTERS = "test_peft_adapters"
 EXAMPLE = "test_examples::test_training_ends_with_an_adapter_that_stock_peft_loads"
 
@@ -49,7 +52,13 @@ ARCHITECTURES = [
     shown("ViT", "all linear layers of the encoder", f"{RELOAD}[ViT]"),
     shown("ResNet", "its convolutions", f"{RELOAD}[ResNet]"),
     shown("Mamba", "`in_proj`, `x_proj`: PEFT refuses the others", f"{RELOAD}[Mamba]"),
-    shown("Llava", "its language model, images as tokens of the text", f"{RELOAD}[Llava]"),
+    shown("Llava", "tiny and random alone: its language model, images as tokens of the text", f"{RELOAD}[Llava]"),
+    shown(
+        "T5, Qwen3-MoE that are trained",
+        "small ones learn a task from our start, and reload bitwise",
+        f"{FAMILY}[T5]",
+        f"{FAMILY}[Qwen3Moe]",
+    ),
 ]
 
 OBJECTIVES = [
@@ -90,9 +99,9 @@ QUANTIZATIONS = [
         "test_quantized::test_a_gguf_base_is_initialised_as_the_plain_model_it_becomes_and_reloads_on_the_file",
     ),
     shown(
-        "`offset=` on packed weights",
-        "they cannot be written",
-        "test_presets::test_an_offset_is_refused_where_it_cannot_be_had",
+        '`offset="base"` on packed weights',
+        'they cannot be written; `offset="frozen_adapter"` works',
+        "test_presets::test_packed_weights_are_read_by_what_they_do",
         verdict="refused",
     ),
 ]
@@ -134,10 +143,20 @@ RUNNING = [
         "test_data_parallel::test_every_process_holds_the_same_bytes",
     ),
     shown(
+        "torchrun, `accelerate launch`",
+        "write the adapter of one process",
+        "test_launch_files::test_two_processes_write_the_adapter_of_one",
+    ),
+    shown(
         "FSDP2",
         "",
         "test_sharded::test_a_sharded_model_gives_what_the_whole_one_gives",
         "test_sharded::test_adapters_of_sharded_models_are_written",
+    ),
+    shown(
+        "DeepSpeed ZeRO-3",
+        "under `accelerate launch` and by DeepSpeed's own call; an adapter that it shards is refused",
+        "test_zero3::test_zero3_gives_what_the_whole_model_gives",
     ),
     shown(
         "a layer that runs several times",
@@ -194,6 +213,11 @@ TRAINERS = [
         "test_preferences::test_trls_trainer_starts_lower",
         f"{EXAMPLE}[dpo_trl]",
     ),
+    shown(
+        "a trainer of several processes",
+        "they share the work and hold the same bytes",
+        "test_data_parallel::test_a_trainers_processes_share_its_start",
+    ),
     shown("an accelerate loop", "`examples/accelerate_loop.py`", f"{EXAMPLE}[accelerate_loop]"),
     shown(
         "merged to a plain model that generates",
@@ -215,6 +239,26 @@ PEERS = [
         "test_presets::test_an_offset_starts_at_the_base_s_function",
         "test_presets::test_without_an_offset_the_report_says_that_the_function_changes",
         "test_presets::test_a_frozen_offset_reloads_to_the_same_function_in_stock_peft",
+        "test_layer_kinds::test_a_convolution_with_an_offset_starts_at_the_bases_function",
+    ),
+    shown(
+        "`offset=` of `lora-da init`, or with DoRA",
+        "one saved adapter would not reload to the same function; DoRA's magnitude depends on the base's weights",
+        "test_presets::test_an_offset_is_refused_where_it_cannot_be_had",
+        verdict="refused",
+    ),
+    shown(
+        '`offset="base"` on weights that are tied, or elsewhere',
+        "would change more than the layer, or be lost",
+        "test_presets::test_an_offset_is_refused_where_it_would_change_more_than_the_layer",
+        "test_offload::test_an_offset_in_weights_that_are_offloaded_is_refused",
+        verdict="refused",
+    ),
+    shown(
+        "`offset=` on fused experts",
+        "before any work: they are no single weight",
+        "test_layer_kinds::test_an_offset_refuses_fused_experts_before_any_work",
+        verdict="refused",
     ),
     shown(
         "fewer tokens than directions",
@@ -233,6 +277,14 @@ PEERS = [
         "the same bytes",
         "test_determinism::test_random_states_and_threads_change_no_byte",
         "test_determinism::test_another_process_and_hash_seed_change_no_byte",
+    ),
+    shown(
+        "less memory",
+        "layers in several passes, sums in the host's memory or on disk: the same factors; `max_memory` chooses",
+        "test_passes::test_factors_are_those_of_one_pass",
+        "test_statistics_device::test_factors_are_those_of_sums_on_the_device",
+        "test_passes::test_a_limit_divides_the_run_as_planned",
+        "test_statistics_device::test_a_run_within_a_limit_says_where_its_sums_are",
     ),
     shown(
         "stored statistics",
@@ -264,6 +316,23 @@ PEERS = [
         "test_presets::test_lora_ga_spans_what_peft_s_own_spans",
         "test_presets::test_pissa_is_peft_s_own",
         "test_presets::test_eva_spans_what_peft_s_own_spans",
+    ),
+    shown(
+        "LoRA-One, spectral start as presets",
+        "the gradient's singular vectors by autograd and a dense decomposition; an offset, where one is asked for",
+        *(f"{SINGULAR}[{preset}]" for preset in ("lora_one", "spectral")),
+        *(f"{OFFSET}[{offset}-lora_one]" for offset in ("base", "frozen_adapter")),
+    ),
+    shown(
+        "Riemannion's LOI as a preset",
+        "the top 2r singular values of the gradient lie in its tangent space",
+        "test_presets::test_loi_holds_the_top_2r_singular_values_in_its_tangent_space",
+    ),
+    shown(
+        "LoRA-FA as a preset",
+        "A stays as it starts; PEFT's own LoRA-FA optimizer trains the same factors",
+        "test_presets::test_lora_fa_trains_b_alone_from_robust_s_start",
+        "test_presets::test_peft_s_own_lora_fa_optimizer_trains_the_same_factors_from_our_a",
     ),
 ]
 

@@ -26,8 +26,9 @@ def of_options() -> Iterable[Row]:
     """PEFT's options and situations, each a case of a test or a test of its own."""
     for works in WORKS:
         yield Row(works.options, works.note, (f"test_compatibility::test_a_row_that_works[{works.options}]",))
-    for name, (verdict, note, test) in SITUATIONS.items():
-        yield Row(name, note, (test if "::" in test else f"test_compatibility::{test}",), verdict)
+    for name, (verdict, note, *tests) in SITUATIONS.items():
+        shown_by = (test if "::" in test else f"test_compatibility::{test}" for test in tests)
+        yield Row(name, note, tuple(shown_by), verdict)
     for refused in REFUSALS:
         test = f"test_compatibility::test_a_row_that_is_refused[{refused.options}]"
         yield Row(refused.options, refused.note, (test,), "refused")

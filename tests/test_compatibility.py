@@ -250,7 +250,7 @@ REFUSALS = [
     ),
 ]
 
-SITUATIONS = {
+SITUATIONS: dict[str, tuple[str, ...]] = {
     "`adapter_name` other than `default`": ("works", "all", "test_another_adapter_name"),
     "an adapter name that PEFT cannot load": ("refused", "empty, with a dot, or part of `lora_`", "test_adapter_names"),
     "a second adapter on one model": (
@@ -274,6 +274,7 @@ SITUATIONS = {
         "works",
         "not with groups, dilation or another padding than zeros, which PEFT's adapter does not follow",
         "test_convolutions_are_initialised_or_left",
+        "test_layer_kinds::test_convolutions_reload_and_merge",
     ),
     "`use_dora` on `Conv2d`": (
         "works",
@@ -282,7 +283,9 @@ SITUATIONS = {
     ),
     "`target_parameters`": (
         "works",
-        "fused experts of transformers; other bare parameters are refused",
+        "fused experts of transformers, each with factors of its own; other bare parameters are refused",
+        "test_layer_kinds::test_every_experts_factors_are_in_its_place",
+        "test_layer_kinds::test_fused_experts_reload_and_merge",
         "test_bare_parameters_that_are_no_experts_are_refused",
     ),
     "a PeftModel whose adapter has changed the base (PiSSA)": (
@@ -302,6 +305,8 @@ SITUATIONS = {
         "test_merged_mixed_and_compiled_models",
     ),
 }
+
+"""Verdict, remark and the tests that show it; a test without a module is one of this one."""
 
 NEUTRAL = {
     # Records of the adapter.

@@ -44,6 +44,28 @@ LEAST = 500
 """Adapters that must have been ours, so that the rest proves something."""
 
 
+def excused(failed: str) -> bool:
+    """Whether a line of pytest's summary is of such a test, and of what it compares: any other error counts."""
+    test, _, why = failed.partition("] - ")
+    return any(name in f"{test}]" for name in IDENTITY) and why.startswith(("assert ", "AssertionError"))
+
+
+@pytest.mark.parametrize(
+    ("failed", "expected"),
+    [
+        (
+            "t.py::TestPeftCustomModel::test_disable_adapters[MLP 1 LoRA-MLP-LoraConfig-config_kwargs6] - assert False",
+            True,
+        ),
+        ("t.py::TestPeftCustomModel::test_disable_adapters[MLP 1 LoRA] - ValueError: assert", False),
+        ("t.py::TestPeftCustomModel::test_disable_adapters[MLP 1 LoRA]", False),
+        ("t.py::TestPeftCustomModel::test_save_pretrained[MLP 1 LoRA] - assert False", False),
+    ],
+)
+def test_what_is_excused(failed: str, expected: bool) -> None:
+    assert excused(failed) == expected
+
+
 @pytest.mark.skipif(not SOURCE, reason="takes minutes, and needs PEFT's source distribution in LORA_DA_PEFT_SOURCE")
 def test_pefts_own_tests_pass_from_our_start(tmp_path: Path) -> None:
     assert importlib.util.find_spec("diffusers"), "PEFT's tests import diffusers: pip install --no-deps diffusers"
@@ -55,12 +77,13 @@ def test_pefts_own_tests_pass_from_our_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "tests/test_custom_models.py", "-p", "lora_da_start", "-q", "-k", CHOSEN]
     options = ["-o", "addopts=", "-p", "no:cacheprovider", "-W", "ignore"]
     paths = [str(PLUGIN), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    # In narrower columns pytest leaves out why a test failed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "COLUMNS": "1000"}
     run = subprocess.run([*command, *options], cwd=root, env=environment, capture_output=True, text=True, check=False)
     print("\n".join(line for line in run.stdout.splitlines() if line.startswith(("adapters ", "FAILED"))))
     print(run.stdout.splitlines()[-1])
-    failed = re.findall(r"^FAILED (\S+::\S+.*?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    assert [test for test in failed if not any(name in test for name in IDENTITY)] == []
+    failed = re.findall(r"^FAILED (.+)$", run.stdout, re.MULTILINE)
+    assert [test for test in failed if not excused(test)] == []
     ours = re.findall(r"started by us: (\d+)", run.stdout)
     assert ours, f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     assert int(ours[0]) >= LEAST

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ def config(**settings: Any) -> LoraConfig:
 
 
 def pipeline(preset: str, **changes: Any) -> Any:
-    from dataclasses import replace
-
     built = lora_da_core.build_pipeline(preset=preset, solver="eigh")
     built.config = replace(built.config, **changes)
     return built
@@ -259,12 +258,14 @@ def test_peft_s_own_lora_fa_optimizer_trains_the_same_factors_from_our_a() -> No
 # Offsets
 
 
-@pytest.mark.parametrize("preset", ["lora_ga", "loi", "pissa"])
+@pytest.mark.parametrize("preset", ["lora_ga", "loi", "pissa", "lora_one"])
 @pytest.mark.parametrize("offset", ["base", "frozen_adapter"])
 def test_an_offset_starts_at_the_base_s_function(preset: str, offset: str) -> None:
     batches, model = data(), make_tiny_llama()
     before = model(**batches[0]).logits.detach()
     wrapped = lora_da_core.get_lora_da_model(model, config(), batches, pipeline=pipeline(preset, offset=offset)).eval()
+    # The steps are not nothing.
+    assert all(bool(value.any()) for name, value in wrapped.named_parameters() if ".lora_B.default." in name)
     torch.testing.assert_close(wrapped(**batches[0]).logits.detach(), before, rtol=1e-4, atol=1e-4)
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert trained and all(".default." in name for name in trained)
@@ -370,11 +371,16 @@ def test_packed_weights_are_read_by_what_they_do() -> None:
     (pair,) = built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"])).factors.values()
     u, values, vh = torch.linalg.svd(dense)
     torch.testing.assert_close(pair.B @ pair.A, (u[:, :3] * values[:3]) @ vh[:3], rtol=1e-3, atol=1e-4)
+    lora = LoraConfig(r=3, lora_alpha=3, target_modules=["proj"])
+    built.config = replace(built.config, offset="base")
     with pytest.raises(OptionError, match="packed"):
-        from dataclasses import replace
-
-        built.config = replace(built.config, offset="base")
-        built.run(model, [batch], LoraConfig(r=3, lora_alpha=3, target_modules=["proj"]))
+        built.run(model, [batch], lora)
+    built.config = replace(built.config, offset="frozen_adapter")
+    inputs = torch.randn(4, 2, 20, generator=torch.Generator().manual_seed(1))
+    expected = model(inputs)
+    tuned = lora_da_core.get_lora_da_model(model, lora, [batch], pipeline=built).eval()
+    assert tuned.active_adapters == ["default", "lora_da_offset"]
+    torch.testing.assert_close(tuned(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

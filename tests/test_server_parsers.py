@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
+from lora_da_core import LoraDAConfig
+from lora_da_core.cli_usage import VLLM_RANKS, usage
 
 WHEELS = os.environ.get("LORA_DA_SERVER_WHEELS", "")
 pytestmark = pytest.mark.skipif(
@@ -32,22 +35,29 @@ pytestmark = pytest.mark.skipif(
 )
 
 AXOLOTL = """
+import yaml
 from axolotl.utils.schemas.config import AxolotlInputConfig
 found = AxolotlInputConfig(
-    base_model="B", adapter="lora", lora_model_dir=given, datasets=[{"path": "x", "type": "alpaca"}],
+    **yaml.safe_load(told), datasets=[{"path": "x", "type": "alpaca"}],
     micro_batch_size=1, gradient_accumulation_steps=1, learning_rate=1e-4, num_epochs=1,
 )
-answer = {"adapter": found.adapter, "directory": found.lora_model_dir, "r": found.lora_r}
+answer = {
+    "adapter": found.adapter, "base": found.base_model, "directory": found.lora_model_dir, "r": found.lora_r,
+}
 """
 LLAMA_FACTORY = """
 import os
+import yaml
 os.environ["DISABLE_VERSION_CHECK"] = "1"
 from llamafactory.hparams.parser import get_train_args
 model, _, _, tuning, _ = get_train_args(dict(
-    model_name_or_path="B", stage="sft", do_train=True, finetuning_type="lora", adapter_name_or_path=given,
-    create_new_adapter=False, dataset="x", template="llama3", output_dir=given + "/out", use_cpu=True,
+    **yaml.safe_load(told), stage="sft", do_train=True, dataset="x", template="llama3", output_dir=given + "/out",
+    use_cpu=True,
 ))
-answer = {"directories": model.adapter_name_or_path, "new": tuning.create_new_adapter, "type": tuning.finetuning_type}
+answer = {
+    "base": model.model_name_or_path, "directories": model.adapter_name_or_path, "new": tuning.create_new_adapter,
+    "type": tuning.finetuning_type,
+}
 """
 # The package itself takes a GPU's libraries; of its parser's two imports one is a type's name, the other a logger.
 VLLM = """
@@ -64,23 +74,25 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["peft_helper"] = module
 spec.loader.exec_module(module)
 helper = module.PEFTHelper.from_dict(json.loads(Path(given, "adapter_config.json").read_text()))
-limits = types.SimpleNamespace(max_lora_rank=64)
+arguments = told.split()
+limits = types.SimpleNamespace(max_lora_rank=int(arguments[arguments.index("--max-lora-rank") + 1]))
 try:
     helper.validate_legal(limits)
     refused = ""
 except ValueError as error:
     refused = str(error)
 names = json.loads(Path(given, "names.json").read_text())
-answer = {"refused": refused, "layers": {name: helper.get_rank_and_scaling(name) for name in names}}
+settings = (root / "vllm" / "config" / "lora.py").read_text()
+answer = {"refused": refused, "limits": settings, "layers": {name: helper.get_rank_and_scaling(name) for name in names}}
 """
 SWIFT = """
-import json, sys
+import json, shlex
 from pathlib import Path
 from swift.pipelines import sft_main
 answer = {}
 for rate in ("0.0", "1e-2"):
     sft_main([
-        "--model", given + "/model", "--model_type", "llama", "--template", "dummy", "--adapters", given + "/adapter",
+        *shlex.split(told)[2:], "--model_type", "llama", "--template", "dummy",
         "--dataset", given + "/data.jsonl", "--load_from_cache_file", "false", "--output_dir", given + "/" + rate,
         "--add_version", "false", "--max_steps", "3", "--save_steps", "3", "--logging_steps", "1",
         "--per_device_train_batch_size", "4", "--learning_rate", rate, "--lr_scheduler_type", "constant",
@@ -109,12 +121,16 @@ def trained(model, tokenizer, start):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 settings = {"max_seq_length": 64, "load_in_4bit": False, "dtype": torch.float32}
-model, tokenizer = FastLanguageModel.from_pretrained(model_name=given + "/adapter", **settings)
+exec(told)
 ours, held = load_file(given + "/adapter/adapter_model.safetensors"), model.state_dict()
 answer = {"same": [bool(torch.equal(held[key.replace(".weight", ".default.weight")], ours[key])) for key in ours]}
 answer["trainable"] = sum(parameter.requires_grad for parameter in model.parameters())
 answer["saved"] = trained(model, tokenizer, lambda trainer: None)
-start = lambda trainer: answer.update(samples=lora_da_core.init_before_training(trainer, samples=16).samples)
+
+def start(trainer):
+    report = lora_da_core.init_before_training(trainer, samples=16)
+    answer.update(samples=report.samples, scale=report.scale)
+
 for name, prepare in (("default", lambda trainer: None), ("ours", start)):
     model, tokenizer = FastLanguageModel.from_pretrained(model_name=given + "/model", **settings)
     model = FastLanguageModel.get_peft_model(model, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
@@ -123,18 +139,18 @@ model.save_pretrained(given + "/trained")
 """
 
 
-def parsed(program: str, script: str, given: Path, tmp_path: Path) -> dict[str, object]:
-    """What a program's parser makes of a directory, in a process of its own."""
+def parsed(program: str, script: str, given: Path, tmp_path: Path, told: str) -> dict[str, object]:
+    """What a program's parser makes of a directory and of what it is told of it, in a process of its own."""
     (wheel,) = Path(WHEELS).rglob(f"{program}-*.whl")
     root = tmp_path / program
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(root, [name for name in archive.namelist() if not name.endswith(".so")])
-    return answered(root, script, given)
+    return answered(root, script, given, told)
 
 
-def answered(root: Path, script: str, given: Path) -> dict[str, object]:
+def answered(root: Path, script: str, given: Path, told: str) -> dict[str, object]:
     """What a script says of a directory in a process that finds a program's modules in `root`."""
-    head = f"from pathlib import Path\nimport sys\nroot, given = Path({str(root)!r}), {str(given)!r}\n"
+    head = f"from pathlib import Path\nimport sys\nroot, given, told = Path({str(root)!r}), {str(given)!r}, {told!r}\n"
     head += "sys.path.insert(0, str(root))\n"
     code = f"{head}{script}\nimport json\nprint('ANSWER' + json.dumps(answer))"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -145,13 +161,18 @@ def answered(root: Path, script: str, given: Path) -> dict[str, object]:
     return found
 
 
+BASE = "some/base"
+
+
 def saved(directory: Path, **settings: object) -> dict[str, list[float]]:
     """Saves an adapter of ours; returns its layers' ranks and scalings as PEFT has them."""
     lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"})
     pipeline = lora_da_core.build_pipeline(**settings)  # type: ignore[arg-type]
     batches = make_batches(make_samples(12), 6)
-    model = lora_da_core.get_lora_da_model(make_tiny_llama(), lora, batches, pipeline=pipeline)
-    model.save_pretrained(directory)
+    base = make_tiny_llama()
+    base.name_or_path = BASE
+    model = lora_da_core.get_lora_da_model(base, lora, batches, pipeline=pipeline)
+    model.save_pretrained(directory, save_embedding_layers=False)
     layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     found = {name: [layer.r["default"], layer.scaling["default"]] for name, layer in layers.items()}
     (directory / "names.json").write_text(json.dumps(list(found)))
@@ -159,21 +180,25 @@ def saved(directory: Path, **settings: object) -> dict[str, list[float]]:
 
 
 def test_axolotl_takes_the_directory(tmp_path: Path) -> None:
-    expected = {"adapter": "lora", "directory": str(tmp_path), "r": None}
-    assert parsed("axolotl", AXOLOTL, tmp_path, tmp_path) == expected
+    saved(tmp_path)
+    expected = {"adapter": "lora", "base": BASE, "directory": str(tmp_path), "r": None}
+    assert parsed("axolotl", AXOLOTL, tmp_path, tmp_path, usage(tmp_path, "axolotl")) == expected
 
 
 def test_llama_factory_takes_the_directory(tmp_path: Path) -> None:
-    expected = {"directories": [str(tmp_path)], "new": False, "type": "lora"}
-    assert parsed("llamafactory", LLAMA_FACTORY, tmp_path, tmp_path) == expected
+    saved(tmp_path)
+    expected = {"base": BASE, "directories": [str(tmp_path)], "new": False, "type": "lora"}
+    assert parsed("llamafactory", LLAMA_FACTORY, tmp_path, tmp_path, usage(tmp_path, "llama-factory")) == expected
 
 
 @pytest.mark.parametrize("allocator", ["none", "greedy"])
 def test_vllm_reads_every_layers_rank_and_scaling(allocator: str, tmp_path: Path) -> None:
     layers = saved(tmp_path, allocator=allocator)
     assert len({rank for rank, _ in layers.values()}) > 1 or allocator == "none"
-    found = parsed("vllm", VLLM, tmp_path, tmp_path)
+    found = parsed("vllm", VLLM, tmp_path, tmp_path, usage(tmp_path, "vllm"))
     assert found["refused"] == ""
+    taken = re.search(r"^MaxLoRARanks = Literal\[(.*)\]$", found["limits"], re.MULTILINE)  # type: ignore[call-overload]
+    assert taken is not None and tuple(map(int, taken[1].split(","))) == VLLM_RANKS
     for name, (rank, scaling) in found["layers"].items():  # type: ignore[attr-defined]
         assert rank == layers[name][0] and scaling == pytest.approx(layers[name][1], rel=1e-12)
 
@@ -184,7 +209,11 @@ def saved_of(world: Path, directory: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(directory / "model")
     lora = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     batches = make_batches(make_samples(12, vocab=47), 6)
-    lora_da_core.get_lora_da_model(base, lora, batches).save_pretrained(directory / "adapter")
+    # Of random labels the search would take no step, and a B of zeros would show less.
+    pipeline = lora_da_core.build_pipeline(config=LoraDAConfig(gamma=64.0))
+    model = lora_da_core.get_lora_da_model(base, lora, batches, pipeline=pipeline)
+    assert all(bool(value.any()) for name, value in model.named_parameters() if ".lora_" in name)
+    model.save_pretrained(directory / "adapter")
 
 
 def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
@@ -192,7 +221,7 @@ def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
     talk = [("user", "w1 w2 w3"), ("assistant", "w4 w5 w6")]
     row = json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]})
     (tmp_path / "data.jsonl").write_text(f"{row}\n" * 24)
-    losses = answered(Path(WHEELS, "swift"), SWIFT, tmp_path)
+    losses = answered(Path(WHEELS, "swift"), SWIFT, tmp_path, usage(tmp_path / "adapter", "ms-swift"))
     start, kept, moved = (
         load_file(path / "adapter_model.safetensors")
         for path in (tmp_path / "adapter", *(tmp_path / rate / "checkpoint-3" for rate in ("0.0", "1e-2")))
@@ -206,11 +235,15 @@ def test_ms_swift_trains_from_our_start(world: Path, tmp_path: Path) -> None:
 
 def test_unsloth_trains_from_our_start(world: Path, tmp_path: Path) -> None:
     saved_of(world, tmp_path)
-    found: Any = answered(Path(WHEELS, "unsloth"), UNSLOTH, tmp_path)
+    # The length and dtype are this test's own.
+    told = usage(tmp_path / "adapter", "unsloth").replace("load_in_4bit=False", "**settings")
+    found: Any = answered(Path(WHEELS, "unsloth"), UNSLOTH, tmp_path, told)
     assert found["same"] == [True] * 14 and found["trainable"] == 14
     assert len(found["saved"]) == len(found["ours"]) == 3 and all(map(math.isfinite, found["saved"] + found["ours"]))
+    # Two of three labels are the same word in every row, so the search is sure of a step.
+    assert found["samples"] == 16 and found["scale"]["multiplier"] > 0
     # The same first batch.
-    assert found["samples"] == 16 and found["ours"][0] < found["default"][0]
+    assert found["ours"][0] < found["default"][0]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     reloaded = PeftModel.from_pretrained(base, tmp_path / "trained").state_dict()
     trained = load_file(tmp_path / "trained" / "adapter_model.safetensors")

@@ -21,7 +21,7 @@ from lora_da_core.adapter.factors import base_name, fault, lora_layers, specs_of
 from lora_da_core.adapter.variants import check_config
 from lora_da_core.errors import OptionError, TargetError
 from lora_da_core.layer_kinds import CLASSES
-from lora_da_core.placement import copied_tree
+from lora_da_core.placement import copied_tree, in_parts
 from lora_da_core.types import LayerSpec, Unsupported
 
 SKELETON = "default"
@@ -79,7 +79,7 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
         Its configuration.
 
     Raises:
-        TargetError: The model is not a PeftModel, or has no such LoRA adapter.
+        TargetError: The model is not a PeftModel, has no such LoRA adapter, or DeepSpeed's ZeRO-3 shards it.
     """
     if not isinstance(model, PeftModel):
         raise TargetError(f"a PeftModel is needed, this is a {type(model).__name__}; call get_peft_model first.")
@@ -89,6 +89,12 @@ def config_of(model: nn.Module, adapter_name: str) -> LoraConfig:
     config = model.peft_config[adapter_name]
     if config.peft_type is not PeftType.LORA:
         raise TargetError(f"adapter {adapter_name!r} is {config.peft_type.value}, not LoRA.")
+    if any(in_parts(value) for name, value in model.named_parameters() if adapter_name in name.split(".")):
+        raise TargetError(
+            f"DeepSpeed's ZeRO-3 shards adapter {adapter_name!r}, so that nothing can be written into it. Take the "
+            "factors of the base (get_lora_da_state_dict) and write them (initialize_lora_da_weights) before the model "
+            "with the adapter is prepared."
+        )
     return config
 
 
