@@ -33,7 +33,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         if CLI_MARK not in markdown:
             raise ValueError(f"{CLI_PAGE} does not hold {CLI_MARK!r}, so the commands have no place.")
         return markdown.replace(CLI_MARK, commands())
-    return _OUTSIDE.sub(r"`\1`", markdown)
+    # A half-width stays with its sign where a narrow cell wraps.
+    return _OUTSIDE.sub(r"`\1`", markdown).replace("± ", "±\N{NO-BREAK SPACE}")
 
 
 def commands() -> str:

@@ -60,11 +60,16 @@ def verify(
     """Reload an adapter with stock PEFT and check that it is what was computed, on an untouched base."""
     from lora_da_core import adapter, models, storage
 
+    if cache_dir is not None and not numerics:
+        raise OptionError("--cache-dir holds the statistics that --numerics reads; give both, or neither.")
+    if split is not None and data is None and not numerics:
+        raise OptionError("--split is a part of --data; give both, or neither.")
     report = storage.read_report(directory)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         # Without its files PEFT would look for a repository of that name on the hub.
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")
+    _check_tensors(directory / "adapter_model.safetensors")
     source = _recorded(directory, "model", "which model it belongs to") if model is None else model
     if dtype is None:
         dtype = _recorded(directory, "dtype", "in which precision its model was loaded")
@@ -86,6 +91,17 @@ def verify(
         _show_remedies(found)
     if not all(passed for _, passed, _ in lines):
         raise typer.Exit(FAILED)
+
+
+def _check_tensors(path: Path) -> None:
+    """Refuses what is no safetensors file, or is cut short, before a model is loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be read: {error}; run 'lora-da init' again.") from error
 
 
 def _options_of(directory: Path, given: Mapping[str, Any]) -> InitOptions:

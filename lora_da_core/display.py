@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+_NUMERIC: Final = "0123456789-–∞"
+"""What a number begins with."""
 
 
 def number(value: float, *, digits: int = 2) -> str:
@@ -96,8 +99,9 @@ def same(values: Sequence[str]) -> str:
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     """Rows as an HTML table whose first column says what the row is about.
 
-    >>> html_table([["a<b", "1"]], ["what", "n"]).count("&lt;")
-    1
+    >>> table = html_table([["a<b", "1"]], ["what", "n"])
+    >>> table.count("&lt;"), table.count("text-align: left"), table.count("text-align: right")
+    (1, 2, 2)
 
     Args:
         rows: Cells as text; they are escaped.
@@ -106,9 +110,18 @@ def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str
     Returns:
         The table, in the colours of whatever shows it.
     """
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    lines = [f"<thead><tr>{head}</tr></thead>"] if header else []
-    for first, *rest in rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
-        lines.append(f'<tr><th style="text-align: left">{html.escape(first)}</th>{cells}</tr>')
-    return f"<table>{''.join(lines)}</table>"
+    # Columns of numbers to the right and words to the left, whatever the notebook's own style does to both.
+    columns = list(zip(*rows, strict=True)) or [()] * len(header)
+    words = [
+        not header or place == 0 or any(cell[:1] not in _NUMERIC for cell in column)
+        for place, column in enumerate(columns)
+    ]
+    styles = [f' style="text-align: {"left" if each else "right"}"' for each in words]
+
+    def line(cells: Sequence[str], *tags: str) -> str:
+        """A row: the first tag is that of its first cell, the last that of the others."""
+        shown = zip((tags[0], *[tags[-1]] * (len(cells) - 1)), styles, cells, strict=True)
+        return f"<tr>{''.join(f'<{tag}{style}>{html.escape(cell)}</{tag}>' for tag, style, cell in shown)}</tr>"
+
+    head = f"<thead>{line(header, 'th')}</thead>" if header else ""
+    return f"<table>{head}{''.join(line(row, 'th', 'td') for row in rows)}</table>"

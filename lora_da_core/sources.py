@@ -54,13 +54,19 @@ def reason(error: BaseException) -> str:
     >>> reason(ConnectionRefusedError("Connection refused"))
     'the network cannot be reached: Connection refused.'
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (cause := _cause(error)) is not None:
+        error = cause
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     if isinstance(error, _UNREACHABLE):
         text = f"the network cannot be reached: {text}"
     return text if text.endswith((".", "!")) else f"{text}."
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """What an error was raised from; HTTP clients hide that it was a socket's."""
+    context = error.__context__
+    return error.__cause__ or (context if isinstance(context, _UNREACHABLE) else None)
 
 
 def read_settings_file(path: Path) -> Any:

@@ -84,7 +84,7 @@ def summary(report: RunReport) -> dict[str, str]:
         f"mean loss {number(report.loss, digits=4)}",
         "solved by": f"{solvers or 'nothing'}; {len(layers) - len(missed)} of {len(layers)} converged, "
         f"largest relative residual {number(worst)}",
-        "scale": ", ".join(f"{key} {brief(value)}" for key, value in report.scale.items()) or "unscaled",
+        "scale": ", ".join(map(_scaled, report.scale, report.scale.values())) or "unscaled",
         "seconds": ", ".join(f"{phase} {number(value, digits=3)}" for phase, value in report.seconds.items())
         + f"; {number(sum(report.seconds.values()), digits=3)} in all",
     }
@@ -100,6 +100,12 @@ def summary(report: RunReport) -> dict[str, str]:
         kinds = dict.fromkeys(remedy for layer in mended for remedy in layer.remedies)
         rows["remedies"] = f"in {len(mended)} layers: {some(list(kinds))}"
     return rows
+
+
+def _scaled(key: str, value: Any) -> str:
+    """A word on the scaling: of a line search how often it tried, as its losses are many."""
+    shown = f"{len(value)} times" if key == "tried" and isinstance(value, (list, tuple)) else brief(value)
+    return f"{key.replace('_', ' ')} {shown}"
 
 
 def in_brief(report: RunReport) -> str:

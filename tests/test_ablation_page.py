@@ -17,7 +17,7 @@ from lora_da_core.ablation import figures, make_grid, provenance, read_grid
 from lora_da_core.ablation.axes import NEEDED_MODULES
 from lora_da_core.ablation.downstream import at_best
 from lora_da_core.ablation.figures import Picture
-from lora_da_core.ablation.labels import Box, place_labels
+from lora_da_core.ablation.labels import Box, Named, place_labels
 from lora_da_core.ablation.loss_figures import MOST_CURVES, leading, loss_pictures
 from lora_da_core.ablation.page import Cell, Column, Section, Table, markdown, page
 from lora_da_core.ablation.report import sections
@@ -43,7 +43,7 @@ class TestPictures:
         figure = figures.new_figure(["a"])
         axes = figure.subplots()
         axes.plot(*zip(*points.values(), strict=True), "o")
-        written = place_labels(axes, points)
+        written = place_labels(axes, [Named(*each) for each in points.items()])
         figure.canvas.draw()
         notes = [note for note in axes.findobj(Annotation) if note.get_text()]
         assert sorted(note.get_text() for note in notes) == sorted(written) and written
@@ -60,7 +60,7 @@ class TestPictures:
         points = {f"configuration {place}": (float(place % 3), float(place)) for place in range(9)}
         axes.plot(*zip(*points.values(), strict=True), "o")
         axes.margins(0.2)
-        assert place_labels(axes, points) == list(points)
+        assert place_labels(axes, [Named(*each) for each in points.items()]) == list(points)
 
     @pytest.mark.parametrize(
         ("costs", "scale"), [([1, 2, 5], "linear"), ([0.01, 2, 5], "log"), ([0, 2, 500], "symlog"), ([0, 0], "linear")]

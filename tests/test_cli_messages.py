@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,9 @@ def desk(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     try:
         outcome = lora_da("init", "--model", "model", "--data", "data.jsonl", "--output", "run", "--rank", "2")
         assert outcome.exit_code == 0, outcome.output
+        shutil.copytree(folder / "run", folder / "cut")
+        with (folder / "cut" / "adapter_model.safetensors").open("r+b") as file:
+            file.truncate(1000)
         yield folder
     finally:
         os.chdir(before)
@@ -66,6 +70,9 @@ TABLE = [
     ("verify run --dtype float8", WRONG, "choose one of auto, float32"),
     ("verify run --device abacus", WRONG, "device 'abacus' cannot be used: torch knows no such device. Take 'auto'"),
     ("verify run --devize cpu", WRONG, "--device"),
+    ("verify run --split train", WRONG, "--split is a part of --data; give both, or neither."),
+    ("verify run --cache-dir cache", WRONG, "--cache-dir holds the statistics that --numerics reads"),
+    ("verify cut --device abacus", FAILED, "cut/adapter_model.safetensors cannot be read: "),
     ("plugins extra", WRONG, "unexpected extra argument"),
     ("plugins --jsn", WRONG, "--json"),
     ("ablate", WRONG, "Missing argument 'GRID.toml'"),

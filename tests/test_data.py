@@ -4,6 +4,7 @@ import json
 import random
 import re
 import runpy
+import socket
 from pathlib import Path
 
 import datasets
@@ -125,6 +126,19 @@ class TestLoadRows:
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
         reason = "the network cannot be reached: Couldn't reach the Hub"
         with pytest.raises(DataError, match=rf"'acme/sums' \(split 'train'\) cannot be read: {reason}\."):
+            load_rows("acme/sums")
+
+    def test_a_client_that_hides_the_socket_s_error_says_so_too(self, monkeypatch):
+        def unreachable(**_):
+            try:
+                raise socket.gaierror("Name or service not known")
+            except OSError as error:
+                hidden = RuntimeError("no connection")
+                hidden.__context__ = error
+            raise OSError("no data set") from hidden
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        with pytest.raises(DataError, match=r"the network cannot be reached: Name or service not known\."):
             load_rows("acme/sums")
 
 

@@ -81,6 +81,17 @@ def test_a_failed_overwrite_keeps_the_earlier_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_places_that_take_no_directory_are_refused_before_work(tmp_path: Path) -> None:
+    """Permissions do not tell: root may write anywhere that the kernel lets it."""
+    for place in (Path("/proc/lora-da"), Path("/proc/lora-da/run")):
+        with pytest.raises(StorageError, match=rf"^{place} cannot be created: /proc is not writable\.$"):
+            storage.check_output(place, overwrite=False)
+    with pytest.raises(StorageError, match=r"^/proc/self/fd cannot be (created|replaced): "):
+        storage.check_output(Path("/proc/self/fd"), overwrite=True)
+    storage.check_output(tmp_path / "a" / "b", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_overwriting_must_be_asked_for_and_only_replaces_runs(tmp_path: Path) -> None:
     storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 1})
     with pytest.raises(StorageError, match="--overwrite"):

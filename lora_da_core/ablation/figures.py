@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from lora_da_core.ablation.comparison import Configuration, pareto
-from lora_da_core.ablation.labels import MARKER, place_labels
+from lora_da_core.ablation.labels import MARKER, Named, place_labels
 from lora_da_core.display import number
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _cost_picture(shown: Sequence[Configuration], cost: tuple[str, str, float, s
     axes.grid(alpha=0.25, lw=0.5)
     legend_below(figure, axes)
     others = [points[id(each)] for each in shown if each not in named]
-    place_labels(axes, {each.name: points[id(each)] for each in named}, others, corners)
+    place_labels(axes, [Named(each.name, points[id(each)]) for each in named], others, [corners])
     return Picture(
         f"cost_{what}_r{shown[0].rank}", f"{what} against the angle to the reference, rank {shown[0].rank}", png(figure)
     )

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Final
 from lora_da_core.ablation.comparison import Configuration, Interval, interval, paired
 from lora_da_core.ablation.downstream import AtBest
 from lora_da_core.ablation.figures import Picture, legend_below, new_figure, png, ranks_of
-from lora_da_core.ablation.labels import MARKER, place_labels
+from lora_da_core.ablation.labels import MARKER, Named, Point, place_labels
 from lora_da_core.ablation.page import Cell, Column, Table
 from lora_da_core.ablation.tables import gap_cell, nats, with_half
+from lora_da_core.display import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,8 +138,12 @@ def _picture(rows: Sequence[Forgotten], measured: str) -> Picture:
     names = [_line_name(line) for line in lines.values()]
     figure = new_figure(names)
     axes = figure.subplots()
+    drawn: list[list[Point]] = []
+    named: list[Named] = []
     for place, (name, line) in enumerate(zip(names, lines.values(), strict=True)):
-        _draw(axes, line, name, f"C{place % _COLOURS}")
+        colour = f"C{place % _COLOURS}"
+        drawn += _draw(axes, line, name, colour)
+        named += _names(line, colour)
     axes.margins(0.12)
     axes.set(xlabel=f"{measured}, learnt [nats per token]", ylabel="loss on the source [nats per token]")
     rank = rows[0].configuration.rank
@@ -146,21 +151,47 @@ def _picture(rows: Sequence[Forgotten], measured: str) -> Picture:
     axes.set_title(title)
     axes.grid(alpha=0.25, lw=0.5)
     legend_below(figure, axes)
-    points = {row.configuration.name: (row.learnt.mean, row.after.mean) for row in rows}
-    place_labels(axes, points)
+    place_labels(axes, named, lines=drawn)
     return Picture(f"forgetting_r{rank}", title, png(figure))
 
 
+def _varied(line: Sequence[Forgotten]) -> list[str]:
+    """Options of the regularizer that differ along a line, where they tell its points apart."""
+    options = [row.configuration.first.get("regularizer_options") or {} for row in line]
+    varied = [key for key in options[0] if len({json.dumps(each.get(key)) for each in options}) > 1]
+    alone = {json.dumps([each.get(key) for key in varied]) for each in options}
+    return varied if len(alone) == len(line) else []
+
+
 def _line_name(line: Sequence[Forgotten]) -> str:
-    name = line[0].configuration.name
-    return name if len(line) == 1 else f"{name} … ({len(line)})"
+    """The name that its points share: what differs is written at the points."""
+    name, varied = line[0].configuration.name, _varied(line)
+    for key in varied:
+        name = name.replace(f"{key}={line[0].configuration.first['regularizer_options'][key]}", f"{key}=…")
+    return name if varied or len(line) == 1 else f"{name} … ({len(line)})"
 
 
-def _draw(axes: Axes, line: Sequence[Forgotten], name: str, colour: str) -> None:
+def _names(line: Sequence[Forgotten], colour: str) -> list[Named]:
+    """What is written at each point: the options that differ along its line, or its name where none does."""
+    varied, named = _varied(line), []
+    for row in line:
+        values = [row.configuration.first["regularizer_options"][key] for key in varied]
+        text = ", ".join(number(value) if isinstance(value, float) else str(value) for value in values)
+        named.append(Named(text or row.configuration.name, (row.learnt.mean, row.after.mean), colour))
+    return named
+
+
+def _draw(axes: Axes, line: Sequence[Forgotten], name: str, colour: str) -> list[list[Point]]:
+    """Draws points that are joined, with their intervals; returns every line's corners."""
     ordered = sorted(line, key=lambda row: row.after.mean)
     across, up = ([getattr(row, side) for row in ordered] for side in ("learnt", "after"))
-    halves = [[0.0 if part.count < 2 else part.half for part in side] for side in (across, up)]
+    x, y = ([part.mean for part in side] for side in (across, up))
+    wide, high = ([0.0 if part.count < 2 else part.half for part in side] for side in (across, up))
     axes.errorbar(
-        [part.mean for part in across], [part.mean for part in up], halves[1], halves[0],
-        fmt="o-", ms=MARKER, lw=1.1, elinewidth=0.8, capsize=2, color=colour, label=name,
+        x, y, high, wide,
+        fmt="o-", ms=MARKER, lw=1.1, elinewidth=0.8, capsize=2, color=colour, ecolor=(colour, 0.5), label=name,
     )  # fmt: skip
+    bars = []
+    for here, there, half, height in zip(x, y, wide, high, strict=True):
+        bars += [[(here - half, there), (here + half, there)], [(here, there - height), (here, there + height)]]
+    return [list(zip(x, y, strict=True)), *bars]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
@@ -30,6 +30,15 @@ _GAP: Final = 3.0
 
 
 @dataclass(frozen=True)
+class Named:
+    """A point that has a name: where it is in data coordinates, and the name's colour."""
+
+    name: str
+    point: Point
+    colour: str = "black"
+
+
+@dataclass(frozen=True)
 class Box:
     """A rectangle, in pixels."""
 
@@ -50,15 +59,15 @@ class Box:
 
 
 def place_labels(
-    axes: Axes, points: Mapping[str, Point], others: Sequence[Point] = (), line: Sequence[Point] = ()
+    axes: Axes, points: Sequence[Named], others: Sequence[Point] = (), lines: Sequence[Sequence[Point]] = ()
 ) -> list[str]:
     """Writes names next to points, such that none covers another name, a point or a line, or leaves the axes.
 
     Args:
         axes: The axes with everything else drawn; where they are in the figure is settled here.
-        points: By name, in data coordinates, the most important first.
-        others: Points without a name.
-        line: Corners of a line that is drawn in the axes.
+        points: The most important first.
+        others: Points without a name, in data coordinates.
+        lines: Corners of each line that is drawn in the axes, likewise.
 
     Returns:
         The names that found a place.
@@ -68,15 +77,16 @@ def place_labels(
     figure.set_layout_engine("none")
     unit = figure.dpi / 72
     frame = Box(*axes.get_window_extent().extents)
-    pixels = [(float(x), float(y)) for x, y in axes.transData.transform([*points.values(), *others])]
-    corners = axes.transData.transform(line) if line else ()
+    pixels = [(float(x), float(y)) for x, y in axes.transData.transform([*(named.point for named in points), *others])]
+    corners = [axes.transData.transform(line) for line in lines if line]
     marks = [_around(pixel, 0.5 * MARKER * unit) for pixel in pixels]
-    taken = [*marks, *(box for start, end in pairwise(corners) for box in _along(start, end))]
+    taken = [*marks, *(box for line in corners for start, end in pairwise(line) for box in _along(start, end))]
     written = []
-    for (name, point), pixel in zip(points.items(), pixels, strict=False):
+    for named, pixel in zip(points, pixels, strict=False):
         note = axes.annotate(
-            name, point, xytext=(0, 0), textcoords="offset points", va="bottom", fontsize=7.5, in_layout=False
-        )
+            named.name, named.point, xytext=(0, 0), textcoords="offset points", va="bottom", fontsize=7.5,
+            color=named.colour, in_layout=False,
+        )  # fmt: skip
         size = note.get_window_extent()
         for across, up in _PLACES:
             end = (pixel[0] + across * unit, pixel[1] + up * unit)
@@ -87,9 +97,9 @@ def place_labels(
             if free and box.within(frame):
                 note.set_position(((box.left - pixel[0]) / unit, (box.bottom - pixel[1]) / unit))
                 if far:
-                    _draw_leader(axes, point, (across, up))
+                    _draw_leader(axes, named.point, (across, up))
                 taken += [box, *leader]
-                written.append(name)
+                written.append(named.name)
                 break
         else:
             note.remove()

@@ -13,9 +13,17 @@ from torch import nn
 from lora_da_core.ablation.axes import Choice, choice_of
 from lora_da_core.ablation.finetune import TrainingData
 from lora_da_core.ablation.grid import Grid
-from lora_da_core.ablation.pairs import PairData, check_pairs, chosen_template, completed, encode_pairs, pair_batches
+from lora_da_core.ablation.pairs import (
+    Pair,
+    PairData,
+    check_pairs,
+    chosen_template,
+    completed,
+    encode_pairs,
+    pair_batches,
+)
 from lora_da_core.ablation.results import data_fingerprint, versions
-from lora_da_core.ablation.settings import FinetuneSettings, RunSettings
+from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.ablation.stacked import check_stackable
 from lora_da_core.cli_options import module_names
 from lora_da_core.data import Rows, TextData, TextOptions, batches, encode_text, load_rows
@@ -167,16 +175,12 @@ class Workspace:
         pairs = objective is not None and self.registry.create("objective", objective).takes_pairs
         key = (samples, seed, pairs)
         if key not in self._draws:
-            padding, size = self.loaded.tokenizer.pad_token_id, self.run.batch_size
             found: TextData | PairData
             if pairs:
                 found = self._pairs(self.pool, samples, seed, SEARCH_SAMPLES)
-                made, unseen = (pair_batches(part, padding, size) for part in (found.samples, found.unseen))
             else:
                 found = self._encoded(self.pool, self.template, samples, seed, SEARCH_SAMPLES)
-                made, unseen = (
-                    batches(part, pad_token_id=padding, batch_size=size) for part in (found.samples, found.unseen)
-                )
+            made, unseen = (self._batched(part, self.run.batch_size) for part in (found.samples, found.unseen))
             notes = (*self.loaded.notes, *found.notes)
             self._draws = {key: Draw(made, len(found.samples), found.tokens, notes, unseen)}
         return self._draws[key]
@@ -192,31 +196,25 @@ class Workspace:
         """
         tune = self.run.finetune
         assert tune is not None
-        if self.objective is not None:
-            return self._training_by(self.objective, seed, tune)
-        padding = self.loaded.tokenizer.pad_token_id
         if not self._held_out:
-            found = self._encoded(self.kept_out, self.template, None, HELD_OUT_SEED)
-            self._held_out = [*batches(found.samples, pad_token_id=padding)]
+            kept_out = self._to_train(self.kept_out, None, HELD_OUT_SEED)
+            self._held_out = self._batched(kept_out, None)
             if self.run.source is not None:
-                self._source_held_out = [*batches(self._of_source(held_out=True).samples, pad_token_id=padding)]
+                self._source_held_out = self._batched(self._of_source(held_out=True).samples, None)
         if seed not in self._training:
-            wanted = min(len(self.pool), tune.steps * tune.batch_size)
-            samples = self._encoded(self.pool, self.template, wanted, seed).samples
-            self._training = {seed: TrainingData(samples, self._held_out, padding, seed, self._source_held_out)}
+            samples = self._to_train(self.pool, min(len(self.pool), tune.steps * tune.batch_size), seed)
+            padding = self.loaded.tokenizer.pad_token_id
+            self._training = {
+                seed: TrainingData(samples, self._held_out, padding, seed, self._source_held_out, self.objective)
+            }
         return self._training[seed]
 
-    def _training_by(self, objective: Objective[Any], seed: int, tune: FinetuneSettings) -> TrainingData:
-        """Pairs, each with what the objective asks of the base; to be asked first while it carries no adapter."""
-        padding = self.loaded.tokenizer.pad_token_id
-        if not self._held_out:
-            kept = self._pairs(self.kept_out, None, HELD_OUT_SEED)
-            self._held_out = [*pair_batches(completed(kept.samples, objective, self.model, padding), padding)]
-        if seed not in self._training:
-            found = self._pairs(self.pool, min(len(self.pool), tune.steps * tune.batch_size), seed)
-            samples = completed(found.samples, objective, self.model, padding)
-            self._training = {seed: TrainingData(samples, self._held_out, padding, seed, objective=objective)}
-        return self._training[seed]
+    def _to_train(self, rows: Rows, samples: int | None, seed: int) -> Sequence[Any]:
+        """Texts, or pairs, each with what the objective asks of the base: to be asked while it carries no adapter."""
+        if self.objective is None:
+            return self._encoded(rows, self.template, samples, seed).samples
+        found = self._pairs(rows, samples, seed)
+        return completed(found.samples, self.objective, self.model, self.loaded.tokenizer.pad_token_id)
 
     def source(self, seed: int) -> Sequence[Batch]:
         """The source's samples that one seed's Fisher of a regularizer is estimated from.
@@ -227,8 +225,7 @@ class Workspace:
         Returns:
             The batches; none of their rows is held out.
         """
-        found, padding = self._of_source(held_out=False, seed=seed), self.loaded.tokenizer.pad_token_id
-        return batches(found.samples, pad_token_id=padding, batch_size=self.run.batch_size)
+        return self._batched(self._of_source(held_out=False, seed=seed).samples, self.run.batch_size)
 
     def _of_source(self, *, held_out: bool, seed: int = HELD_OUT_SEED) -> TextData:
         source = self.run.source
@@ -255,6 +252,13 @@ class Workspace:
     def _pairs(self, rows: Rows, samples: int | None, seed: int, beyond: int = 0) -> PairData:
         options = TextOptions(self.template, self.run.max_length, samples, seed, beyond)
         return encode_pairs(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
+
+    def _batched(self, samples: Sequence[Any], size: int | None) -> list[Batch]:
+        """Batches of texts, or of pairs; without a size they are filled up."""
+        padding = self.loaded.tokenizer.pad_token_id
+        if samples and isinstance(samples[0], Pair):
+            return [*pair_batches(samples, padding, size)]
+        return [*batches(samples, pad_token_id=padding, batch_size=size)]
 
     def _encoded(self, rows: Rows, template: str | None, samples: int | None, seed: int, beyond: int = 0) -> TextData:
         options = TextOptions(template, self.run.max_length, samples, seed, beyond)

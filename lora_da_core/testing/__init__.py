@@ -5,6 +5,9 @@ Needs no test runner. Under pytest:
     @pytest.mark.parametrize("check", [pytest.param(run, id=name) for name, run in estimator_checks(MyEstimator)])
     def test_contract(check):
         check()
+
+Each `…_checks` takes a class and its options, and yields (id, check) one by one; a check takes nothing, and raises
+AssertionError, or what the class raised.
 """
 
 from __future__ import annotations
@@ -109,67 +112,27 @@ def solve_matrix(
 
 
 def estimator_checks(cls: type[FisherEstimator[Any]], *, options: Options = None) -> Iterator[Check]:
-    """What a Fisher estimator must fulfil.
-
-    Args:
-        cls: The class.
-        options: Its options; a sketch must be large enough for the gradients of two samples.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
-    """
+    """What a Fisher estimator must fulfil; a sketch must be large enough for the gradients of two samples."""
     return estimators.checks(cls, options or {})
 
 
 def solver_checks(cls: type[Solver[Any]], *, options: Options = None) -> Iterator[Check]:
-    """What a solver must fulfil.
-
-    Args:
-        cls: The class. If its options have a `tolerance`, it is read as a residual relative to ‖Ω‖.
-        options: Its options.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
-    """
+    """What a solver must fulfil; a `tolerance` among its options is read as a residual relative to ‖Ω‖."""
     return solvers.checks(cls, options or {})
 
 
 def gradient_checks(cls: type[GradientEstimator[Any]], *, options: Options = None) -> Iterator[Check]:
-    """What a gradient estimator must fulfil.
-
-    Args:
-        cls: The class. One that approximates has an attribute or property `exact` that is False.
-        options: Its options.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
-    """
+    """What a gradient estimator must fulfil; one that approximates says so by `exact`, which is False."""
     return gradients.checks(cls, options or {})
 
 
 def allocator_checks(cls: type[RankAllocator[Any]], *, options: Options = None) -> Iterator[Check]:
-    """What a rank allocator must fulfil.
-
-    Args:
-        cls: The class.
-        options: Its options.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
-    """
+    """What a rank allocator must fulfil."""
     return allocators.checks(cls, options or {})
 
 
 def regularizer_checks(cls: type[Regularizer[Any]], *, options: Options = None) -> Iterator[Check]:
-    """What a regularizer must fulfil.
-
-    Args:
-        cls: The class.
-        options: Its options.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
-    """
+    """What a regularizer must fulfil."""
     return regularizers.checks(cls, options or {})
 
 
@@ -191,9 +154,6 @@ def objective_checks(
         spec: A layer of the model.
         tokens: Tokens of each sample that this layer sees.
         options: Its options.
-
-    Returns:
-        (id, check) one by one; a check takes nothing and raises AssertionError, or what the class raised.
     """
     return objectives.checks(cls, options or {}, model=model, batch=batch, spec=spec, tokens=tokens)
 
