@@ -103,7 +103,7 @@ def test_the_7b_comparison_stops_at_its_time_limit_with_what_it_has(
 
 def test_the_7b_comparison_keeps_within_a_limit_and_shows_the_plan_beside_it(figures: Any) -> None:
     shape = ("--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
-    least = ("--programs", "fixed", "--skip-check", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    least = ("--programs", "fixed", "--checks", "", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
     found = figures(gpu_7b, *shape, *least, "--max-memory", "3200KiB,1GiB")
     free, tight, loose = found["rows"].values()
     assert loose["plan"]["passes"] == 1 and tight["plan"]["batch_size"] < loose["plan"]["batch_size"]
@@ -113,7 +113,7 @@ def test_the_7b_comparison_keeps_within_a_limit_and_shows_the_plan_beside_it(fig
 
 def test_the_7b_comparison_sweeps_blocks_within_a_limit(figures: Any) -> None:
     shape = ("--layers", "4", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64")
-    least = ("--programs", "fixed", "--skip-check", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
+    least = ("--programs", "fixed", "--checks", "", "--samples", "8", "--batch-tokens", "600", "--repetitions", "1")
     free, swept = figures(gpu_7b, *shape, *least, "--max-memory", "7MiB")["rows"].values()
     assert swept["plan"]["schedule"] == "blocks" and swept["plan"]["passes"] == 1 < swept["plan"]["parts"]
     assert swept["plan"]["peak_gib"] <= 7 / 2**10 and swept["converged"] == free["converged"] == 28
