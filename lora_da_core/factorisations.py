@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +52,7 @@ def eigh(matrix: Tensor, what: str) -> Eigenpairs:
     """
     wide = matrix.double()
     ways: dict[str, Callable[[Tensor], Parts]] = {
-        "as it is": _by_torch,
+        "as it is": lambda each: tuple(torch.linalg.eigh(each)),
         "by QR iteration": lambda each: _by_scipy(each, "eigh", driver="ev"),
     }
     (values, vectors), remedies = _first_that_works(wide, what, "eigenvalues", ways)
@@ -117,18 +116,6 @@ def _attempts(matrix: Tensor, ways: dict[str, Callable[[Tensor], Parts]]) -> Ite
         yield "on the CPU", lambda: tuple(part.to(matrix.device) for part in first[1](on_host))
     for name, way in others:
         yield name, lambda way=way: tuple(part.to(matrix.device) for part in way(on_host))  # type: ignore[misc]
-
-
-def _by_torch(matrix: Tensor) -> Parts:
-    """Eigenpairs by torch; the matrices of a batch on the host in parallel, which torch takes one after the other."""
-    order, threads = matrix.shape[-1], torch.get_num_threads()
-    batch = matrix.reshape(-1, order, order)
-    if matrix.device.type != "cpu" or len(batch) == 1 or threads == 1:
-        return tuple(torch.linalg.eigh(matrix))
-    with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(torch.linalg.eigh, batch.chunk(threads)))
-    values, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return values.reshape(matrix.shape[:-1]), vectors.reshape(matrix.shape)
 
 
 def _by_scipy(matrix: Tensor, name: str, **options: Any) -> Parts:
