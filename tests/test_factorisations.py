@@ -44,16 +44,6 @@ def failing(error: Exception) -> Callable[..., Any]:
 GAVE_UP = torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("batch", [(1,), (3,), (2, 3)], ids=str)
-def test_a_batch_is_what_its_matrices_are_one_by_one(batch: tuple[int, ...]) -> None:
-    matrices = symmetric(40, batch)
-    found = eigh(matrices, "Z")
-    assert found.values.shape == (*batch, 40) and found.vectors.shape == (*batch, 40, 40)
-    for index in np.ndindex(batch):
-        alone = eigh(matrices[index], "Z")
-        assert torch.equal(found.values[index], alone.values) and torch.equal(found.vectors[index], alone.vectors)
-
-
 @pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
 def test_qr_iteration_takes_over_and_is_right(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch: tuple[int, ...]
