@@ -19,13 +19,14 @@ from torch.nn import functional
 import lora_da_core
 import tiny_models
 from conftest import assert_same, make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, block_sweep, capture, estimate_memory
+from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory
 from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep, fault
 from lora_da_core.blocks import find_blocks
 from lora_da_core.budget import within, workload_of
 from lora_da_core.capture import CaptureTask, SweepSettings
 from lora_da_core.finish import Finish
-from lora_da_core.memory import Plan
+from lora_da_core.memory import Plan, activations
+from lora_da_core.memory.activations import BatchShape
 from lora_da_core.memory.workload import Workload
 from lora_da_core.preparation import job_of
 from lora_da_core.world import ALONE
@@ -538,6 +539,21 @@ def test_a_sweep_takes_what_is_planned(settings: dict[str, Any], share: float) -
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     assert plan.peak_bytes - plan.weights == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_few_blocks_that_are_alike_tell_what_all_of_them_take(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = MODELS[model]()
+    targets = adapter.resolve_targets(whole, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    blocks = find_blocks(whole, targets.modules)
+    assert blocks is not None and len(blocks.modules) == 4
+    updates, shape = dict.fromkeys(targets.modules, 1000), BatchShape(3, 16)
+    few = activations.trace(whole, shape, updates, backward=True, blocks=blocks)
+    monkeypatch.setattr(activations, "_FEW", range(4))
+    every = activations.trace(whole, shape, updates, backward=True, blocks=blocks)
+    assert few == every and few.blocks is not None
+    plain = activations.trace(whole, shape, updates, backward=True)
+    assert (plain.peak, plain.leaders, plain.inputs) == (few.peak, few.leaders, few.inputs)
 
 
 def test_a_7b_model_is_swept_within_24_gib_and_planned_quickly_enough_to_test() -> None:
