@@ -20,7 +20,7 @@ import lora_da_core
 import tiny_models
 from conftest import assert_same, make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory
-from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep, fault
+from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep, fault, obstacle
 from lora_da_core.blocks import find_blocks
 from lora_da_core.budget import within, workload_of
 from lora_da_core.capture import CaptureTask, SweepSettings
@@ -402,6 +402,36 @@ def test_what_keeps_a_run_from_a_sweep_is_told(parts: dict[str, Any], says: str)
     found = plan(max_memory=whole.peak_bytes - whole.statistics_bytes // 3)
     assert found.schedule == "passes" and found.passes > pipeline.components.estimator.passes
     assert any(note.startswith(PASSES_INSTEAD) and says in note for note in found.notes)
+
+
+def test_layers_before_the_blocks_keep_a_run_from_a_sweep() -> None:
+    pipeline, batches = lora_da_core.build_pipeline(config=FIXED), make_batches(make_samples())
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj", "o_proj", "up_proj"])
+    plan = functools.partial(estimate_memory, four_blocks(), lora, pipeline=pipeline, workload=workload_of(batches))
+    whole = plan()
+    found = plan(max_memory=whole.peak_bytes - whole.statistics_bytes // 3)
+    assert found.schedule == "passes" and "in no list of blocks that can be run" in found.notes[-1]
+
+
+def test_what_models_keep_a_run_from_a_sweep() -> None:
+    parts = lora_da_core.build_pipeline(config=FIXED).components
+    model = four_blocks()
+    assert obstacle(model, parts.estimator, parts.gradient) is None
+    assert "float16" in (obstacle(four_blocks().half(), parts.estimator, parts.gradient) or "")
+    model.model.layers[1]._hf_hook = object()  # type: ignore[index,union-attr]
+    assert "accelerate" in (obstacle(model, parts.estimator, parts.gradient) or "")
+
+
+def test_an_encoder_decoder_within_a_limit_takes_passes() -> None:
+    batches = [{**tiny_models.texts(), "labels": tiny_models.targets()}]
+    pipeline = lora_da_core.build_pipeline(config=FIXED, objective="seq2seq")
+    model, lora = tiny_models.t5(), LoraConfig(r=2, target_modules="all-linear")
+    plan = functools.partial(estimate_memory, model, lora, pipeline=pipeline, workload=workload_of(batches))
+    limit = plan(max_memory=1).peak_bytes
+    found = pipeline.run(model, batches, lora, max_memory=limit)
+    assert any("passes over the data of a round" in note for note in found.report.notes)
+    one_by_one = [{key: value[row : row + 1] for key, value in batches[0].items()} for row in range(6)]
+    assert_same(found, pipeline.run(model, one_by_one, lora))
 
 
 def test_a_model_that_fails_the_trial_takes_passes_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
