@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.blame import is_out_of_memory, reason_of
-from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep
+from lora_da_core.block_sweep import BlockSweep
+from lora_da_core.block_trial import PASSES_INSTEAD
 from lora_da_core.blocks import BlockFault
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components

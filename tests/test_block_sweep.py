@@ -20,7 +20,8 @@ import lora_da_core
 import tiny_models
 from conftest import assert_same, make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory
-from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep, fault, obstacle
+from lora_da_core.block_sweep import BlockSweep
+from lora_da_core.block_trial import PASSES_INSTEAD, fault, obstacle
 from lora_da_core.blocks import find_blocks
 from lora_da_core.budget import within, workload_of
 from lora_da_core.capture import CaptureTask, SweepSettings
@@ -488,7 +489,7 @@ def test_a_sweep_that_runs_out_of_memory_goes_on_in_passes(monkeypatch: pytest.M
     pipeline = lora_da_core.build_pipeline(config=FIXED)
     limit, _ = limited(pipeline, model, batches)
     calls: list[int] = []
-    advance = block_sweep._Sweep.advance
+    advance = block_sweep.Sweep.advance
 
     def short(sweep: Any, task: CaptureTask, on_progress: Any) -> Any:
         # The trial passes over parts without layers.
@@ -497,7 +498,7 @@ def test_a_sweep_that_runs_out_of_memory_goes_on_in_passes(monkeypatch: pytest.M
             raise MemoryError
         return advance(sweep, task, on_progress)
 
-    monkeypatch.setattr(block_sweep._Sweep, "advance", short)
+    monkeypatch.setattr(block_sweep.Sweep, "advance", short)
     found = pipeline.run(model, batches, LORA, max_memory=limit)
     assert any("memory ran out" in note for note in found.report.notes)
     assert len([size for size in calls if size]) == 2, "what is left takes passes"
@@ -509,7 +510,7 @@ def test_an_interrupted_sweep_goes_on_from_its_completed_parts(tmp_path: Path, m
     pipeline = lora_da_core.build_pipeline(config=FIXED)
     limit, plan = limited(pipeline, model, batches)
     taken: list[int] = []
-    advance = block_sweep._Sweep.advance
+    advance = block_sweep.Sweep.advance
 
     def interrupted(sweep: Any, task: CaptureTask, on_progress: Any) -> Any:
         if task.specs:
@@ -518,7 +519,7 @@ def test_an_interrupted_sweep_goes_on_from_its_completed_parts(tmp_path: Path, m
                 raise KeyboardInterrupt
         return advance(sweep, task, on_progress)
 
-    monkeypatch.setattr(block_sweep._Sweep, "advance", interrupted)
+    monkeypatch.setattr(block_sweep.Sweep, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(model, batches, LORA, max_memory=limit, cache_dir=tmp_path)
     resumed = pipeline.run(model, batches, LORA, max_memory=limit, cache_dir=tmp_path)
