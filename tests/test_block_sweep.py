@@ -325,6 +325,29 @@ def test_an_encoder_decoder_is_not_swept() -> None:
     assert "runs elsewhere than in its block" in (fault(task, batches) or "")
 
 
+def test_a_decoder_whose_encoder_is_left_alone_is_swept() -> None:
+    batches = [{**tiny_models.texts(), "labels": tiny_models.targets()}]
+    task = task_of(tiny_models.t5(), batches, r"decoder\..*SelfAttention\.(q|k|v|o)", objective="seq2seq")
+    assert_equal_sums(task, batches, parts_of(task))
+
+
+def test_a_layer_that_runs_outside_its_block_too_is_noticed() -> None:
+    batches = make_batches(make_samples())
+    model: Any = odd_model(plainly)
+    task = task_of(model, batches, ODD_LAYERS, objective=odd_loss)
+    first = model.blocks[0]
+    for again, says in (
+        (first, "block 0 ran where block 4 was to follow"),
+        (lambda hidden: first[0](hidden)[..., :16], "layer blocks.0.0 runs elsewhere than in its block"),
+    ):
+
+        def between(number: int, hidden: Tensor, second: Tensor, again: Any = again) -> Tensor:
+            return hidden if number < 3 else hidden + again(hidden)
+
+        model.between = between
+        assert says in (fault(task, batches) or "")
+
+
 def test_a_model_that_cannot_be_run_again_is_told(model_unchanged: Any) -> None:
     def failing(number: int, hidden: Tensor, second: Tensor) -> Tensor:
         if not hidden.requires_grad:
