@@ -15,75 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from lora_da_core.batches import labelled_part, take_rows, to_device
 from lora_da_core.blocks import BlockCall, BlockFault, Blocks, find_blocks, followed, hidden_of
 from lora_da_core.capture import CaptureTask, HiddenStates, Progress, Run, SweepSettings
-from lora_da_core.interfaces import FisherEstimator, GradientEstimator
 from lora_da_core.layer_kinds import Call, watched
 from lora_da_core.model_state import prepared
-from lora_da_core.placement import has_sharded_parts
 from lora_da_core.running_sums import Statistics
 from lora_da_core.types import Batch
 
 Names = Sequence[str]
-
-PASSES_INSTEAD = "every part of the layers takes a pass over the data, since this model is not run block by block"
-"""The start of a note that says why."""
-
-_ROUNDING, _COARSE_ROUNDING = 1e-3, 2e-2
-"""Relative differences of gradients that rounding explains: of float32 and better, and of half precision."""
-
-
-def obstacle(model: nn.Module, estimator: FisherEstimator[Any], gradient: GradientEstimator[Any]) -> str | None:
-    """What keeps a run from one sweep over blocks, as far as model and components tell.
-
-    Args:
-        model: The base model.
-        estimator: The Fisher estimator.
-        gradient: The gradient estimator.
-
-    Returns:
-        Half a sentence; None where nothing does.
-    """
-    if not estimator.needs_output_grads and gradient.forward_only:
-        return "nothing is differentiated"
-    if estimator.passes > 1:
-        return f"estimator {estimator.name!r} makes {estimator.passes} passes over the data"
-    if estimator.labels != "empirical":
-        return f"estimator {estimator.name!r} draws labels from the model"
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
-        return "losses are scaled for its float16 weights"
-    if has_sharded_parts(model):
-        return "processes hold a part of its weights each"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "accelerate brings its weights or moves what passes between them"
-    return None
-
-
-def fault(task: CaptureTask, batches: Sequence[Batch]) -> str | None:
-    """Whether the model gives block by block what it gives as a whole, tried on one sample before work.
-
-    Compared are the sample's loss, and the gradients in the hidden states that every block is given, with those of
-    ordinary differentiation of the whole model.
-
-    Args:
-        task: What is to be run, with all layers.
-        batches: The data; the first sample with labels is read.
-
-    Returns:
-        What is wrong, as half a sentence; None where nothing is.
-    """
-    parts = (labelled_part(task.objective, batch) for batch in batches)
-    sample = take_rows(next(part for part in parts if part is not None), torch.zeros(1, dtype=torch.int64))
-    try:
-        return _difference(task, sample)
-    except BlockFault as error:
-        return str(error)
-    except Exception as error:  # the model's own code may raise anything where it is run in an unusual way
-        return f"its blocks raised {type(error).__name__} when they were run by themselves"
 
 
 class BlockSweep:
@@ -101,7 +42,7 @@ class BlockSweep:
     """
 
     def __init__(self, task: CaptureTask, batches: Sequence[Batch], parts: Sequence[Names]) -> None:
-        blocks = _blocks_of(task)
+        blocks = blocks_of(task)
         count = len(blocks.modules)
         places = [[blocks.numbers.get(name, count) for name in part] for part in parts]
         starts, ends = [min(place) for place in places], [count + 1]
@@ -114,7 +55,7 @@ class BlockSweep:
         if settings.head_alone and starts[0] < count:
             starts.insert(0, count)
             self._parts.insert(0, frozenset())
-        self._sweep = _Sweep(task, batches, blocks, starts)
+        self._sweep = Sweep(task, batches, blocks, starts)
 
     def collect(self, task: CaptureTask, on_progress: Progress | None = None) -> Statistics:
         """The statistics of one part; the parts before it cannot be asked for any more.
@@ -134,11 +75,11 @@ class BlockSweep:
         """
         wanted = self._parts.index(frozenset(spec.name for spec in task.specs))
         while self._sweep.done < wanted:
-            self._sweep.advance(_without_layers(task), None)
+            self._sweep.advance(without_layers(task), None)
         return self._sweep.advance(task, on_progress)
 
 
-class _Sweep:
+class Sweep:
     """The state of a sweep: what lies between the parts that are done and those that are not."""
 
     def __init__(
@@ -202,83 +143,34 @@ class _Sweep:
                     on_progress("statistics", count, len(self.flights))
 
 
-def _blocks_of(task: CaptureTask) -> Blocks:
+def blocks_of(task: CaptureTask) -> Blocks:
+    """The blocks of a task's model.
+
+    Args:
+        task: What is run, with all layers.
+
+    Returns:
+        The blocks.
+
+    Raises:
+        BlockFault: There are none.
+    """
     blocks = find_blocks(task.model, {spec.name: task.modules[spec.name] for spec in task.specs})
     if blocks is None:
         raise BlockFault("it has no list of blocks that holds the layers")
     return blocks
 
 
-def _without_layers(task: CaptureTask) -> CaptureTask:
+def without_layers(task: CaptureTask) -> CaptureTask:
+    """The task with nothing to be taken; its layers run as they do where something is.
+
+    Args:
+        task: What is run.
+
+    Returns:
+        The task.
+    """
     return replace(task, specs=(), beside=(*task.specs, *task.beside))
-
-
-def _difference(task: CaptureTask, sample: Batch) -> str | None:
-    """What differs between a sweep in which every block is a part, and ordinary differentiation; None where nothing."""
-    blocks = _blocks_of(task)
-    count = len(blocks.modules)
-    loss, gradients = _ordinary(task, blocks, to_device(sample, task.device))
-    sweep = _Sweep(task, [sample], blocks, range(count, -1, -1), to_the_inputs=True)
-    for number in range(count, -1, -1):
-        sweep.advance(_without_layers(task), None)
-        if number == count and not _near(torch.tensor(sweep.counted.loss_sum), loss):
-            return "its loss is another one when its blocks are run by themselves"
-        kept = [flight.gradient for flight in sweep.flights]
-        if len(kept) != 1 or kept[0] is None:
-            return "its blocks do not run"
-        found, wanted = kept[0].taken(), gradients.get(number)
-        if not _near(found, torch.zeros_like(found) if wanted is None else wanted):
-            return f"another gradient reaches what goes into block {number} than the blocks from there on give"
-    return None
-
-
-def _ordinary(task: CaptureTask, blocks: Blocks, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
-    """The loss without a graph, and gradients in the hidden states by the number of the block that is given them."""
-    found: dict[int, Tensor] = {}
-
-    def note(number: int, hidden: Tensor) -> Tensor:
-        if number == 0:
-            hidden = hidden.detach().requires_grad_()
-        if hidden.requires_grad:
-            hidden.register_hook(functools.partial(found.__setitem__, number))  # type: ignore[no-untyped-call]
-        return hidden
-
-    def enter(number: int, hidden: Tensor, call: BlockCall) -> Tensor:
-        return note(number, hidden)
-
-    def leave(number: int, hidden: Tensor) -> Tensor:
-        return note(number + 1, hidden) if number + 1 == len(blocks.modules) else hidden
-
-    with prepared(task.model), task.base_only(), contextlib.ExitStack() as stack:
-        stack.enter_context(watched(task.modules, task.specs, lambda call: call.output))
-        with torch.no_grad():
-            loss = task.objective.losses(task.model, batch).double().sum().cpu()
-        start = stack.enter_context(followed(blocks, enter, leave))
-        for block in blocks.modules:
-            stack.enter_context(_checkpointed(block))
-        start()
-        with torch.enable_grad():
-            task.objective.losses(task.model, batch).sum().backward()  # type: ignore[no-untyped-call]
-    return loss, found
-
-
-@contextlib.contextmanager
-def _checkpointed(block: nn.Module) -> Iterator[None]:
-    """Has a block keep its arguments alone for the backward pass, so that trying a model takes no more than a run."""
-    forward, before = block.forward, block.__dict__.get("forward")
-    block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        del block.forward
-        if before is not None:
-            block.forward = before
-
-
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    allowed = _COARSE_ROUNDING if found.dtype in (torch.bfloat16, torch.float16) else _ROUNDING
-    apart, size = (found.double() - wanted.double()).norm(), wanted.double().norm()
-    return bool(apart <= allowed * size)
 
 
 class _Shelf:

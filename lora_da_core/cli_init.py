@@ -96,7 +96,8 @@ def _init_in(world: World, options: InitOptions) -> None:
         model = parts.loaded.model
         kept = options.cache_dir or options.passes_dir
         # One process tells of the plan, so one makes it.
-        planned = "" if world.rank else forecast(parts.pipeline, model, parts.lora, parts.taken, options.max_memory)
+        told_of = (parts.pipeline, model, parts.lora, parts.taken, options.max_memory)
+        planned = "" if world.rank else forecast(*told_of, alone=world.size == 1)
         device = next(model.parameters()).device
         with shown_progress(log) as on_progress, PeakMemory(device) as memory:
             result = parts.pipeline.run(

@@ -139,7 +139,13 @@ def plan(options: PlanOptions) -> None:
 
 
 def forecast(
-    pipeline: Pipeline, model: nn.Module, lora: LoraConfig, batches: Sequence[Batch], max_memory: str | None
+    pipeline: Pipeline,
+    model: nn.Module,
+    lora: LoraConfig,
+    batches: Sequence[Batch],
+    max_memory: str | None,
+    *,
+    alone: bool = True,
 ) -> Plan | str:
     """The plan of a run that is about to begin.
 
@@ -149,6 +155,7 @@ def forecast(
         lora: The LoRA configuration.
         batches: What is estimated from.
         max_memory: The run's limit.
+        alone: Whether no other process shares the run; only then blocks are run again.
 
     Returns:
         The plan, or why there is none: a run does not need one.
@@ -161,7 +168,13 @@ def forecast(
         workload = workload_of(batches)
         there = host_memory(ALONE)
         return estimate_memory(
-            model, lora, pipeline=pipeline, workload=workload, max_memory=max_memory, host_memory=there
+            model,
+            lora,
+            pipeline=pipeline,
+            workload=workload,
+            max_memory=max_memory,
+            host_memory=there,
+            by_block=alone,
         )
     except LoraDAError as error:
         return str(error)

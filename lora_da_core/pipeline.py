@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_da_core.blame import blamed, shortage_named
-from lora_da_core.block_sweep import PASSES_INSTEAD, fault
+from lora_da_core.block_trial import PASSES_INSTEAD, fault
 from lora_da_core.budget import plan_note, plan_within, stored, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lora_da_core.allocation import Allocation
 from lora_da_core.blame import is_out_of_memory, reason_of
-from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep
+from lora_da_core.block_sweep import BlockSweep
+from lora_da_core.block_trial import PASSES_INSTEAD
 from lora_da_core.blocks import BlockFault
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.components import Components
@@ -210,9 +211,7 @@ class Rounds:
     def _round(self, task: CaptureTask, batches: Sequence[Batch], number: int) -> Round:
         """One round, part by part; where memory runs out, the first time, the parts that are left are halved."""
         seed, gradients = self._config.seed + number, None
-        # What is left after memory ran out may be parts of blocks.
-        by_block = task.sweep is not None and not self._replanned
-        self._sweep = BlockSweep(task, batches, self._parts) if by_block else None
+        self._sweep = self._sweep_of(task, batches)
         found: list[Round] = []
         done: list[Names] = []
         left: Sequence[Names] = self._parts
@@ -237,6 +236,16 @@ class Rounds:
         solved = ([name for name in part if name in whole.solutions] for part in done)
         self._parts, self._sweep = [part for part in solved if part], None
         return whole.in_order([spec.name for spec in task.specs])
+
+    def _sweep_of(self, task: CaptureTask, batches: Sequence[Batch]) -> BlockSweep | None:
+        # After memory ran out, what is left may be parts of blocks.
+        if task.sweep is None or self._replanned:
+            return None
+        try:
+            return BlockSweep(task, batches, self._parts)
+        except BlockFault as fault:
+            self._record.note(f"{PASSES_INSTEAD}: {fault}")
+            return None
 
     def _part(
         self,

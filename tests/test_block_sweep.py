@@ -15,17 +15,20 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_da_core
 import tiny_models
 from conftest import assert_same, make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, block_sweep, capture, estimate_memory
-from lora_da_core.block_sweep import PASSES_INSTEAD, BlockSweep, fault
+from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory, estimation, rounds
+from lora_da_core.block_sweep import BlockSweep
+from lora_da_core.block_trial import PASSES_INSTEAD, fault, obstacle
 from lora_da_core.blocks import find_blocks
 from lora_da_core.budget import within, workload_of
 from lora_da_core.capture import CaptureTask, SweepSettings
 from lora_da_core.finish import Finish
-from lora_da_core.memory import Plan
+from lora_da_core.memory import Plan, activations
+from lora_da_core.memory.activations import BatchShape
 from lora_da_core.memory.workload import Workload
 from lora_da_core.preparation import job_of
 from lora_da_core.world import ALONE
@@ -323,6 +326,29 @@ def test_an_encoder_decoder_is_not_swept() -> None:
     assert "runs elsewhere than in its block" in (fault(task, batches) or "")
 
 
+def test_a_decoder_whose_encoder_is_left_alone_is_swept() -> None:
+    batches = [{**tiny_models.texts(), "labels": tiny_models.targets()}]
+    task = task_of(tiny_models.t5(), batches, r"decoder\..*SelfAttention\.(q|k|v|o)", objective="seq2seq")
+    assert_equal_sums(task, batches, parts_of(task))
+
+
+def test_a_layer_that_runs_outside_its_block_too_is_noticed() -> None:
+    batches = make_batches(make_samples())
+    model: Any = odd_model(plainly)
+    task = task_of(model, batches, ODD_LAYERS, objective=odd_loss)
+    first = model.blocks[0]
+    for again, says in (
+        (first, "block 0 ran where block 4 was to follow"),
+        (lambda hidden: first[0](hidden)[..., :16], "layer blocks.0.0 runs elsewhere than in its block"),
+    ):
+
+        def between(number: int, hidden: Tensor, second: Tensor, again: Any = again) -> Tensor:
+            return hidden if number < 3 else hidden + again(hidden)
+
+        model.between = between
+        assert says in (fault(task, batches) or "")
+
+
 def test_a_model_that_cannot_be_run_again_is_told(model_unchanged: Any) -> None:
     def failing(number: int, hidden: Tensor, second: Tensor) -> Tensor:
         if not hidden.requires_grad:
@@ -403,6 +429,36 @@ def test_what_keeps_a_run_from_a_sweep_is_told(parts: dict[str, Any], says: str)
     assert any(note.startswith(PASSES_INSTEAD) and says in note for note in found.notes)
 
 
+def test_layers_before_the_blocks_keep_a_run_from_a_sweep() -> None:
+    pipeline, batches = lora_da_core.build_pipeline(config=FIXED), make_batches(make_samples())
+    lora = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj", "o_proj", "up_proj"])
+    plan = functools.partial(estimate_memory, four_blocks(), lora, pipeline=pipeline, workload=workload_of(batches))
+    whole = plan()
+    found = plan(max_memory=whole.peak_bytes - whole.statistics_bytes // 3)
+    assert found.schedule == "passes" and "in no list of blocks that can be run" in found.notes[-1]
+
+
+def test_what_models_keep_a_run_from_a_sweep() -> None:
+    parts = lora_da_core.build_pipeline(config=FIXED).components
+    model = four_blocks()
+    assert obstacle(model, parts.estimator, parts.gradient) is None
+    assert "float16" in (obstacle(four_blocks().half(), parts.estimator, parts.gradient) or "")
+    model.model.layers[1]._hf_hook = object()  # type: ignore[index,union-attr]
+    assert "accelerate" in (obstacle(model, parts.estimator, parts.gradient) or "")
+
+
+def test_an_encoder_decoder_within_a_limit_takes_passes() -> None:
+    batches = [{**tiny_models.texts(), "labels": tiny_models.targets()}]
+    pipeline = lora_da_core.build_pipeline(config=FIXED, objective="seq2seq")
+    model, lora = tiny_models.t5(), LoraConfig(r=2, target_modules="all-linear")
+    plan = functools.partial(estimate_memory, model, lora, pipeline=pipeline, workload=workload_of(batches))
+    limit = plan(max_memory=1).peak_bytes
+    found = pipeline.run(model, batches, lora, max_memory=limit)
+    assert any("passes over the data of a round" in note for note in found.report.notes)
+    one_by_one = [{key: value[row : row + 1] for key, value in batches[0].items()} for row in range(6)]
+    assert_same(found, pipeline.run(model, one_by_one, lora))
+
+
 def test_a_model_that_fails_the_trial_takes_passes_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = four_blocks(), make_batches(make_samples(), extra_padding=8)
     pipeline = lora_da_core.build_pipeline(config=FIXED)
@@ -457,7 +513,7 @@ def test_a_sweep_that_runs_out_of_memory_goes_on_in_passes(monkeypatch: pytest.M
     pipeline = lora_da_core.build_pipeline(config=FIXED)
     limit, _ = limited(pipeline, model, batches)
     calls: list[int] = []
-    advance = block_sweep._Sweep.advance
+    advance = block_sweep.Sweep.advance
 
     def short(sweep: Any, task: CaptureTask, on_progress: Any) -> Any:
         # The trial passes over parts without layers.
@@ -466,7 +522,7 @@ def test_a_sweep_that_runs_out_of_memory_goes_on_in_passes(monkeypatch: pytest.M
             raise MemoryError
         return advance(sweep, task, on_progress)
 
-    monkeypatch.setattr(block_sweep._Sweep, "advance", short)
+    monkeypatch.setattr(block_sweep.Sweep, "advance", short)
     found = pipeline.run(model, batches, LORA, max_memory=limit)
     assert any("memory ran out" in note for note in found.report.notes)
     assert len([size for size in calls if size]) == 2, "what is left takes passes"
@@ -478,7 +534,7 @@ def test_an_interrupted_sweep_goes_on_from_its_completed_parts(tmp_path: Path, m
     pipeline = lora_da_core.build_pipeline(config=FIXED)
     limit, plan = limited(pipeline, model, batches)
     taken: list[int] = []
-    advance = block_sweep._Sweep.advance
+    advance = block_sweep.Sweep.advance
 
     def interrupted(sweep: Any, task: CaptureTask, on_progress: Any) -> Any:
         if task.specs:
@@ -487,7 +543,7 @@ def test_an_interrupted_sweep_goes_on_from_its_completed_parts(tmp_path: Path, m
                 raise KeyboardInterrupt
         return advance(sweep, task, on_progress)
 
-    monkeypatch.setattr(block_sweep._Sweep, "advance", interrupted)
+    monkeypatch.setattr(block_sweep.Sweep, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(model, batches, LORA, max_memory=limit, cache_dir=tmp_path)
     resumed = pipeline.run(model, batches, LORA, max_memory=limit, cache_dir=tmp_path)
@@ -538,6 +594,47 @@ def test_a_sweep_takes_what_is_planned(settings: dict[str, Any], share: float) -
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     peak = max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
     assert plan.peak_bytes - plan.weights == pytest.approx(peak, rel=0.15)
+
+
+def test_the_time_of_a_sweep_goes_with_what_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_llama(hidden_size=128, intermediate_size=320, num_hidden_layers=4, vocab_size=500)
+    ids = torch.randint(500, (8, 32), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
+    pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, token_mask="attention"))
+    limit, plan = limited(pipeline, model, batches)
+    estimate, counted = rounds.estimate, []
+
+    def in_place(total: Any, left: Any, right: Any, **rest: Any) -> int:
+        return int(2 * left[0] * left[1] * right[1])
+
+    def watched(*arguments: Any) -> Any:
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+            found = estimate(*arguments)
+        counted[-1] += counter.get_total_flops()
+        return found
+
+    monkeypatch.setattr(rounds, "estimate", watched)
+    # Of few samples the look whether the model repeats is a large part.
+    monkeypatch.setattr(estimation, "model_notes", lambda task, batches: [])
+    for most in (None, limit):
+        counted.append(0)
+        pipeline.run(model, batches, LORA, max_memory=most)
+    assert plan.relative_time == pytest.approx(counted[1] / counted[0], rel=0.05)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_few_blocks_that_are_alike_tell_what_all_of_them_take(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = MODELS[model]()
+    targets = adapter.resolve_targets(whole, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    blocks = find_blocks(whole, targets.modules)
+    assert blocks is not None and len(blocks.modules) == 4
+    updates, shape = dict.fromkeys(targets.modules, 1000), BatchShape(3, 16)
+    few = activations.trace(whole, shape, updates, backward=True, blocks=blocks)
+    monkeypatch.setattr(activations, "_FEW", range(4))
+    every = activations.trace(whole, shape, updates, backward=True, blocks=blocks)
+    assert few == every and few.blocks is not None
+    plain = activations.trace(whole, shape, updates, backward=True)
+    assert (plain.peak, plain.leaders, plain.inputs) == (few.peak, few.leaders, few.inputs)
 
 
 def test_a_7b_model_is_swept_within_24_gib_and_planned_quickly_enough_to_test() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lora_da_core.block_sweep import PASSES_INSTEAD
+from lora_da_core.block_trial import PASSES_INSTEAD
 from lora_da_core.display import html_table
 from lora_da_core.errors import OptionError
 from lora_da_core.memory.division import Division, Limits, best_division

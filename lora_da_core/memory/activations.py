@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -104,34 +104,110 @@ def trace(
     Returns:
         The peak, and which layers read one input. Whatever the model's code raises on fake tensors passes.
     """
-    if blocks is not None:
-        with contextlib.suppress(BlockFault):
-            return _traced(model, batch, updates, backward, blocks)
+    if blocks is None:
+        return _traced(model, batch, updates, backward, None)
+    if len(blocks.modules) > len(_FEW) and _alike(blocks.modules):
+        # A model that does not run with few of its blocks may run with all of them.
+        with contextlib.suppress(Exception):
+            return _with_all(_traced(model, batch, updates, backward, blocks, _FEW), model, blocks)
+    with contextlib.suppress(BlockFault):
+        return _traced(model, batch, updates, backward, blocks)
     return _traced(model, batch, updates, backward, None)
 
 
+_FEW = (0, 1, -1)
+"""Of blocks that are alike, those that are run: the first and the last one are what others are not."""
+
+
 def _traced(
-    model: nn.Module, batch: BatchShape, updates: Mapping[str, int], backward: bool, blocks: Blocks | None
+    model: nn.Module,
+    batch: BatchShape,
+    updates: Mapping[str, int],
+    backward: bool,
+    blocks: Blocks | None,
+    chosen: Sequence[int] | None = None,
 ) -> Activations:
+    """`chosen` blocks of a list are run alone, all where it is None."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     copied = _without_weights(model, fake)
     modules = dict(copied.named_modules())
     allocations = Allocations(itertools.chain(copied.parameters(), copied.buffers()), answers=True)
-    follower = _Follower(None if blocks is None else _twins(model, blocks, modules), allocations)
+    twins, left_out = None, set[int]()
+    if blocks is not None:
+        names = _names(model, blocks)
+        numbers = range(len(names)) if chosen is None else [range(len(names))[place] for place in chosen]
+        left_out = set(range(len(names))) - set(numbers)
+        twins = Blocks([modules[names[number]] for number in numbers], blocks.numbers)
+        if left_out:
+            parent, _, _ = names[0].rpartition(".")
+            modules[parent]._modules = {str(place): block for place, block in enumerate(twins.modules)}
+    follower = _Follower(twins, allocations)
     taps = _Taps(batch, updates, backward)
     for name in updates:
+        home = None if blocks is None else blocks.numbers.get(name)
         # Experts are no modules of their own; how many tokens reach each is not to be known without data.
-        if name in modules:
-            modules[name].register_forward_hook(taps.hook(name))
-            if blocks is not None and name not in blocks.numbers:
-                modules[name].register_forward_pre_hook(follower.check_end)
+        if name not in modules or home in left_out:
+            continue
+        modules[name].register_forward_hook(taps.hook(name))
+        if blocks is not None and home is None:
+            modules[name].register_forward_pre_hook(follower.check_end)
     with fake, allocations, torch.set_grad_enabled(backward), follower.following():
         losses = _losses(copied, batch)
         if backward:
             losses.sum().backward()  # type: ignore[no-untyped-call]
     taps.found.peak = follower.finish()
-    taps.found.blocks = follower.found if blocks is not None and backward else None
+    if twins is not None and len(follower.found.entries) == len(twins.modules) + 1:
+        taps.found.blocks = follower.found
     return taps.found
+
+
+def _names(model: nn.Module, blocks: Blocks) -> list[str]:
+    """The names of blocks, in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(block)] for block in blocks.modules]
+
+
+def _alike(blocks: Sequence[nn.Module]) -> bool:
+    """Whether blocks have modules of the same classes and switches, and weights of the same shapes."""
+
+    def shape(block: nn.Module) -> object:
+        tensors = itertools.chain(block.named_parameters(), block.named_buffers())
+        parts = [
+            # By texts and truth values some blocks are told to attend to all tokens and others to near ones.
+            (name, type(module), {key: value for key, value in vars(module).items() if isinstance(value, (str, bool))})
+            for name, module in block.named_modules()
+        ]
+        return parts, [(name, each.shape, each.dtype) for name, each in tensors]
+
+    first = shape(blocks[0])
+    return all(shape(block) == first for block in blocks[1:])
+
+
+def _with_all(found: Activations, model: nn.Module, blocks: Blocks) -> Activations:
+    """What `_FEW` blocks took, with as many of the middle one as there are between the first and the last."""
+    few, names = found.blocks, _names(model, blocks)
+    assert few is not None, "few blocks are run one after the other"
+    each, more = few.entries[2] - few.entries[1], len(names) - len(_FEW)
+    middle, end = [each * number for number in range(more + 1)], each * more
+    whole = replace(
+        few,
+        entries=[
+            few.entries[0],
+            *(few.entries[1] + size for size in middle),
+            *(size + end for size in few.entries[2:]),
+        ],
+        peaks=[few.peaks[0], *(few.peaks[1] + size for size in middle), few.peaks[2] + end],
+        head=few.head + end,
+    )
+    leaders, inputs = dict(found.leaders), dict(found.inputs)
+    for name, number in blocks.numbers.items():
+        twin = names[1] + name.removeprefix(names[number])
+        if 1 < number < len(names) - 1 and twin in found.leaders:
+            # What blocks share with the first one is read there by all of them.
+            first = found.leaders[twin]
+            leaders[name] = names[number] + first.removeprefix(names[1]) if first.startswith(names[1]) else first
+            inputs[leaders[name]] = found.inputs[first]
+    return Activations(max(found.peak, whole.head, *whole.peaks), leaders, inputs, whole)
 
 
 class _Follower:
@@ -143,6 +219,8 @@ class _Follower:
         self._count = 0 if blocks is None else len(blocks.modules)
         self.found.peaks = [0] * self._count
         self._highest = 0
+        self._given: dict[int, int] = {}
+        """Bytes of what blocks are given beside hidden states, by `id`."""
         self._running = self._count
         """The block whose bytes are being noted; their count stands for what follows them."""
 
@@ -169,9 +247,9 @@ class _Follower:
         if number == 0:
             self._highest = self._allocations.peak
             self.found.hidden = hidden.nbytes
-            given = {id(each): each.nbytes for each in tensors_in((call.args, call.kwargs))}
-            self.found.rest = sum(given.values())
             self._allocations.restart()
+        self._given.update((id(each), each.nbytes) for each in tensors_in((call.args, call.kwargs)))
+        self.found.rest = sum(self._given.values())
         self.found.entries.append(self._allocations.live)
         self._running = number
         return self._marked(number - 1, hidden)
@@ -198,12 +276,6 @@ class _Follower:
         self._highest = max(self._highest, self._allocations.peak)
         self._allocations.restart()
         self._running = following
-
-
-def _twins(model: nn.Module, blocks: Blocks, modules: Mapping[str, nn.Module]) -> Blocks:
-    """The blocks of a copy of the model, whose modules are given by name."""
-    names = {id(module): name for name, module in model.named_modules()}
-    return Blocks([modules[names[id(block)]] for block in blocks.modules], blocks.numbers)
 
 
 def guess(model: nn.Module, batch: BatchShape, updates: Mapping[str, int], *, backward: bool) -> Activations:

@@ -119,7 +119,8 @@ def best_division(planned: PlannedModel, limits: Limits, *, by_block: bool = Tru
         if best is not None and best.fits and not better:
             return best
         best = found if better or best is None else best
-        if size == 1 or (found.fits and found.passes == 1 and found.place == _places(layers, limits)[0]):
+        undivided = found.fits and len(found.parts) == 1 and found.place == _places(layers, limits)[0]
+        if size == 1 or undivided:
             return best
         size = -(-size // 2)
 

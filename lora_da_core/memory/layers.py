@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.allocation import Allocation
-from lora_da_core.block_sweep import obstacle
+from lora_da_core.block_trial import obstacle
 from lora_da_core.blocks import find_blocks
 from lora_da_core.memory.activations import Activations, BatchShape, guess, trace
 from lora_da_core.memory.phases import Group, LayerBytes, Phases
