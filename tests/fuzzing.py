@@ -40,7 +40,7 @@ def fuzzed(few: int, many: int) -> Callable[[Any], Any]:
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
-        phases=[Phase.generate, Phase.target, Phase.shrink],
+        phases=[Phase.explicit, Phase.generate, Phase.target, Phase.shrink],
     )
 
 

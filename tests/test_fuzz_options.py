@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -246,6 +246,8 @@ FITTING = st.sampled_from(
     ),
     whole=st.none() | VALUES,
 )
+@example(run={"objective": []}, tune=None, axes={}, whole=None)
+@example(run={"objective": ["dpo", "beta"]}, tune=None, axes={}, whole=None)
 @fuzzed(80, 2000)
 def test_any_grid_gives_cells_or_one_clear_error(run: Any, tune: Any, axes: Any, whole: Any) -> None:
     settings = {"model": "m", "data": "d", **run}

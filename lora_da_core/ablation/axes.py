@@ -66,7 +66,7 @@ def choice_of(registry: Registry, axis: str, value: Any) -> Choice:
     Args:
         registry: The installed plugins.
         axis: The axis.
-        value: A name, or a mapping of `name` and options.
+        value: A name, a mapping of `name` and options, or a pair of both.
 
     Returns:
         The name and all options, the default ones included.
@@ -77,8 +77,10 @@ def choice_of(registry: Registry, axis: str, value: Any) -> Choice:
     if isinstance(value, Mapping):
         options = dict(value)
         name = options.pop("name", None)
+    elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
+        name, options = value[0], dict(value[1])
     else:
-        name, options = value if isinstance(value, tuple) else (value, {})
+        name, options = value, {}
     if not isinstance(name, str):
         raise OptionError(f'{axis} {value!r} has no name; write {{name = "…", option = …}}.')
     if name == AUTOMATIC.get(axis):
