@@ -9,6 +9,7 @@ any other one is. Without --model and --data, the demo model and data.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from demo_model import demo_model
@@ -18,6 +19,11 @@ import lora_da_core
 from lora_da_core import data, models
 
 HERE = Path(__file__).parent
+
+
+def show(phase: str, done: int, total: int) -> None:
+    """Tells how far a run is, on one line; a search does not know how much there is to do."""
+    print(f"{phase} {done}/{total or '…'}   ", end="\r", flush=True, file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> PeftModel:
@@ -36,7 +42,7 @@ def main(arguments: list[str] | None = None) -> PeftModel:
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     pipeline = lora_da_core.build_pipeline()  # the preset `robust`; estimator= and solver= take any plugin's name
     print(pipeline)
-    result = pipeline.run(loaded.model, batches, lora)
+    result = pipeline.run(loaded.model, batches, lora, on_progress=show)
     print(result)
     print(result.to_pandas()[["rank", "sigma", "ritz_1", "residual", "converged"]].head())
 

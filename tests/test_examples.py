@@ -86,8 +86,9 @@ def test_the_quickstart_ends_with_a_model_to_train(
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert len(trained) == 14 and all(bool(value.any()) for value in trained.values())
     assert (tmp_path / "spectra.png").stat().st_size > 10_000
-    out = capsys.readouterr().out
-    assert out.startswith("Pipeline(estimator='kfac'") and "7, " in out and "q_proj" in out
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Pipeline(estimator='kfac'") and "7, " in shown.out and "q_proj" in shown.out
+    assert "statistics 1/" in shown.err and "solve 7/7 " in shown.err
 
 
 @pytest.mark.parametrize("plugin", ["odelora", "riemannion", "rac_lora", "laplace"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from lora_da_core.ablation import read_grid
 from lora_da_core.cli import app
 from page_blocks import PAGES, ROOT, Block, Desk, blocks
 
@@ -70,6 +72,25 @@ def test_python_runs(page: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> 
     for block in blocks(page, "python"):
         source = "\n" * (block.line - 1) + desk.placed(block.text)
         exec(compile(source, str(PAGES[page]), "exec"), module.__dict__)
+
+
+GRIDS = [(page, block.text) for page in PAGES if page != RUN_BY_ANOTHER for block in blocks(page, "toml")]
+
+
+@pytest.mark.parametrize(("page", "text"), GRIDS)
+def test_a_grid_is_one_that_runs(page: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(text)
+    axes = tomllib.loads(text)["grid"]
+    assert len(read_grid(tmp_path / "grid.toml").cells) == math.prod(map(len, axes.values())) > 1
+
+
+def test_programs_and_files_that_the_text_names_are_there() -> None:
+    texts = "".join(path.read_text() for path in PAGES.values())
+    modules = set(re.findall(r"python -m (benchmarks\.\w+)", texts))
+    files = set(re.findall(r"(?<![\w/.-])(?:benchmarks|examples|tests|docs|\.ci)/[\w/.-]*\w", texts))
+    assert len(modules) > 10 and len(files) > 20
+    assert [name for name in sorted(modules) if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+    assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
 
 
 def third_party(desk: Desk) -> dict[str, Any]:
@@ -152,7 +173,8 @@ def test_a_command_is_one_that_works(block: Block, line: str, desk: Desk) -> Non
         case ["make", *targets]:
             assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
         case ["pip", "install", "."]:
-            assert (PAGES[block.page].parent / "pyproject.toml").is_file()
+            folder = PAGES[block.page].parent
+            assert ((ROOT if folder == ROOT / "docs" else folder) / "pyproject.toml").is_file()
         case ["pip", "install", name]:
             base, _, extra = name.partition("[")
             assert base == PROJECT["name"] and (not extra or extra.rstrip("]") in PROJECT["optional-dependencies"])

@@ -132,7 +132,8 @@ def _picture(rows: Sequence[Forgotten], measured: str) -> Picture:
     lines: dict[str, list[Forgotten]] = {}
     for row in rows:
         record = row.configuration.first
-        key = [value for name, value in record.items() if name in ("baseline", "estimator", "preset", "solver")]
+        kept = ("baseline", "estimator", "estimator_options", "preset", "solver")
+        key = [value for name, value in record.items() if name in kept]
         kinds = [record.get(name) for name in ("regularizer", "source_fisher", "source_fisher_options", "trainer")]
         lines.setdefault(json.dumps([key, kinds]), []).append(row)
     names = [_line_name(line) for line in lines.values()]
