@@ -14,10 +14,13 @@ import torch
 from hypothesis import Phase, settings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from typer import rich_utils
 
 # Small tensors gain nothing from threads, and equal bytes need equal thread counts; also in processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# typer decides once, when it first shows help, whether to force colours: not by the machine or the order of tests.
+rich_utils.FORCE_TERMINAL = None
 
 # Of the tests in `fuzzing`: thousands of fresh examples; asked for with --hypothesis-profile=nightly.
 settings.register_profile("nightly", deadline=None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer import rich_utils
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -114,7 +115,10 @@ def test_a_narrow_terminal_loses_nothing(desk: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("inspect", "run"), ("plugins",), ("init", "--help"), ("nosuch",)])
-def test_no_color_means_none_even_on_a_terminal(desk: Path, arguments: tuple[str, ...]) -> None:
+def test_no_color_means_none_even_on_a_terminal(
+    desk: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rich_utils, "FORCE_TERMINAL", True)
     forced = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
     plain = lora_da(*arguments, **forced, NO_COLOR="1").output
     assert re.findall(r"\x1b\[[\d;]*3\d[\d;]*m", plain) == []
@@ -122,7 +126,8 @@ def test_no_color_means_none_even_on_a_terminal(desk: Path, arguments: tuple[str
 
 
 def process(desk: Path, *arguments: str, **changes: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    colouring = ("FORCE_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")
+    environment = {name: value for name, value in os.environ.items() if name not in colouring}
     environment |= changes
     code = "from lora_da_core.cli import main; main()"
     return subprocess.Popen(

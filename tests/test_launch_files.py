@@ -67,7 +67,7 @@ def test_every_launch_file_is_short_parses_and_is_listed(path: Path) -> None:
     assert len(text.splitlines()) <= 25 and os.access(path, os.X_OK)
     assert f"`{path.name}`" in (FILES.parent / "README.md").read_text()
     if "lora_da_core.cli init" not in text:
-        usage = CliRunner().invoke(app, ["ablate", "--help"], env={"COLUMNS": "200"}).output
+        usage = CliRunner().invoke(app, ["ablate", "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
         assert set(re.findall(r"--[a-z]+", text)) <= set(re.findall(r"--[a-z-]+", usage))
 
 
