@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 import lora_da_core
-from conftest import make_tiny_llama
+from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import estimation, models, rounds
 from lora_da_core.budget import workload_of
 from lora_da_core.errors import ModelError, OptionError, PluginError, TargetError
@@ -585,3 +585,11 @@ def test_quantized_checkpoints_get_a_note(tmp_path):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "quantized" in models.load_shapes(tmp_path, device="cpu").notes[0]
+
+
+def test_a_limit_is_refused_where_zero3_shards_the_model():
+    model = make_tiny_llama()
+    next(model.parameters()).ds_id = 0  # DeepSpeed's mark of a parameter that it keeps in parts
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(OptionError, match="ZeRO-3 shards; give layers_per_pass"):
+        lora_da_core.build_pipeline().run(model, make_batches(make_samples()), lora, max_memory="1GiB")
