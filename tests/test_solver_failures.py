@@ -64,6 +64,20 @@ def test_1_more_copies_than_the_block_holds_are_found(block_size: int) -> None:
         assert objective(operator, result.vectors) == pytest.approx(least, rel=1e-12)
 
 
+def test_1_more_copies_than_the_block_holds_are_found_in_a_batch() -> None:
+    matrix = SPECTRA["hidden_copies"].build(torch.float64).to_dense()
+    result = solve("lanczos", Dense(torch.stack([matrix, 2 * matrix])), 8, block_size=2)
+    assert result.converged.tolist() == [True, True]
+    least = torch.linalg.eigvalsh(matrix)[:8]
+    torch.testing.assert_close(result.values, torch.stack([least, 2 * least]), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("budget", [3, 4, 5, 9])
+def test_3_no_more_products_are_made_than_davidson_is_given(budget: int) -> None:
+    found = solve("davidson", SPECTRA["top_heavy"].build(torch.float64), 8, max_applies=budget)
+    assert not bool(found.converged) and found.applies <= budget
+
+
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_1_without_verification_small_residuals_belong_to_a_wrong_set(
     monkeypatch: pytest.MonkeyPatch, block_size: int
