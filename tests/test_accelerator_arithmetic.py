@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, inverses, rounds, solving, wide_products
+from lora_da_core import LoraDAConfig, inverses, solve_queue, solving, wide_products
 from lora_da_core.batches import joined
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
@@ -305,7 +305,7 @@ def test_layers_that_narrow_and_layers_that_do_not_are_solved_in_batches_of_thei
     apart = pipeline.run(make_tiny_llama(), batches, lora)
     monkeypatch.setattr(LayerSolver, "solve", watched)
     monkeypatch.setattr(_factors, "narrowest_dtype", every_other)
-    monkeypatch.setattr(rounds, "batch_size", lambda spec, device: 8)
+    monkeypatch.setattr(solve_queue, "batch_size", lambda *about_the_layers: 8)
     mixed = pipeline.run(make_tiny_llama(), batches, lora)
     assert all(len({dtype for _, dtype in batch}) == 1 for batch in together)
     assert {dtype for batch in together for _, dtype in batch} == {torch.float32, torch.float64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -133,6 +134,8 @@ def process(desk: Path, *arguments: str, **changes: str) -> subprocess.Popen[str
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], cwd=desk, text=True, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell has its background jobs ignore interrupts, and so would what they start.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

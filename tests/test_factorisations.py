@@ -185,7 +185,7 @@ def test_a_batch_that_breaks_down_is_solved_one_by_one(monkeypatch: pytest.Monke
         return honest(self, operator, rank, generator=generator)
 
     monkeypatch.setattr(Lanczos, "smallest", together)
-    monkeypatch.setattr("lora_da_core.rounds.batch_size", lambda spec, device: 2)
+    monkeypatch.setattr("lora_da_core.solve_queue.batch_size", lambda *about_the_layers: 2)
     found = solved("lanczos")
     for ours, theirs in zip(found.report.layers, expected.report.layers, strict=True):
         assert ours.solver == "lanczos" and ours.remedies == ()
