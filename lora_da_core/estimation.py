@@ -112,8 +112,8 @@ class Job:
         notes: What was assumed or is doubtful.
         later: The batches of further rounds, round by round.
         unseen: Batches that nothing is estimated from, for the line search; may be empty.
-        waiting_bytes: Of float64 operators that may wait for a batched solve on an accelerator; None for as many as
-            pay.
+        waiting_bytes: Of operators of one shape that may wait for a batched solve on an accelerator; None for as many
+            as pay.
     """
 
     task: CaptureTask

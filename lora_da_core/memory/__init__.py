@@ -50,7 +50,7 @@ class Plan:
             no sweep.
         hidden_bytes: Most bytes of them at a time.
         head_alone: Whether what follows the blocks is run before the first part of a sweep, else together with it.
-        waiting_bytes: Most bytes of float64 operators that wait for a batched solve on an accelerator.
+        waiting_bytes: Most bytes of operators of one shape that wait for a batched solve on an accelerator.
         batch_size: Samples of the greatest length in a batch: the workload's, or fewer where the limit asks for it.
         batch_tokens: The tokens of such a batch.
         max_memory: The limit that was given.

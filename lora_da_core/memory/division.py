@@ -40,7 +40,7 @@ class Division:
         parts: Groups by part, each layer with its statistics wherever they lie.
         rows: What the peak of every phase on the device is made of.
         limits: What the run may take.
-        waiting: Bytes of float64 operators that may wait for a batched solve.
+        waiting: Bytes of operators of one shape, in float64, that may wait for a batched solve.
         sweep: How the parts are run in one sweep; None where each takes a pass.
         hidden_bytes: Of the hidden states that a sweep keeps.
     """

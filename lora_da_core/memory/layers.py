@@ -192,7 +192,7 @@ class PlannedLayers:
 
         Args:
             place: Where sums lie between updates.
-            waiting: Bytes of float64 operators that may wait for a batched solve.
+            waiting: Bytes of operators of one shape, in float64, that may wait for a batched solve.
 
         Returns:
             Their bytes on the device.

@@ -149,7 +149,7 @@ class Phases:
         search: A batch of the line search; None where the scale is fixed.
         rounds: How often everything is estimated; the statistics of earlier rounds stay.
         device: Where layers are solved.
-        waiting: Bytes of float64 operators that may wait for a batched solve.
+        waiting: Bytes of operators of one shape, in float64, that may wait for a batched solve.
     """
 
     weights: int
