@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -84,7 +84,7 @@ def summary(report: RunReport) -> dict[str, str]:
         f"mean loss {number(report.loss, digits=4)}",
         "solved by": f"{solvers or 'nothing'}; {len(layers) - len(missed)} of {len(layers)} converged, "
         f"largest relative residual {number(worst)}",
-        "scale": ", ".join(map(_scaled, report.scale, report.scale.values())) or "unscaled",
+        "scale": _scaling(report.scale),
         "seconds": ", ".join(f"{phase} {number(value, digits=3)}" for phase, value in report.seconds.items())
         + f"; {number(sum(report.seconds.values()), digits=3)} in all",
     }
@@ -100,6 +100,18 @@ def summary(report: RunReport) -> dict[str, str]:
         kinds = dict.fromkeys(remedy for layer in mended for remedy in layer.remedies)
         rows["remedies"] = f"in {len(mended)} layers: {some(list(kinds))}"
     return rows
+
+
+def _scaling(scale: Mapping[str, Any]) -> str:
+    """How the step was scaled, and what became of the loss where a search did that."""
+    said = [_scaled(key, value) for key, value in scale.items()]
+    match scale:
+        case {"base_loss": float(base), "multiplier": float(multiplier), "tried": [*tried]}:
+            pairs = [each for each in tried if isinstance(each, (list, tuple)) and len(each) == 2]
+            losses = [loss for at, loss in pairs if at == multiplier and isinstance(loss, float)]
+            end = f"to {number(losses[0], digits=4)}" if losses else "which no step surely lowers"
+            said[[*scale].index("base_loss")] = f"loss {number(base, digits=4)} {end}"
+    return ", ".join(said) or "unscaled"
 
 
 def _scaled(key: str, value: Any) -> str:

@@ -193,6 +193,27 @@ def test_totals_count_and_name_what_went_wrong():
     assert "in 1 layers: float64 Cholesky" in text
 
 
+@pytest.mark.parametrize(
+    ("multiplier", "said"),
+    [(0.5, "multiplier 0.5, loss 1.534 to 1.003, tried 2 times"), (0.0, "loss 1.534 which no step surely lowers")],
+)
+def test_totals_say_what_became_of_the_loss(multiplier, said):
+    scale = {
+        "multiplier": multiplier,
+        "base_loss": 1.5339,
+        "tried": [[1.0, 1.7], [0.5, 1.0033]],
+        "standard_error": 0.04,
+    }
+    text = text_of(totals(replace(report_of(layer()), scale=scale)), width=300)
+    assert said in " ".join(text.split()) and "standard error 0.04" in text
+
+
+@pytest.mark.parametrize("tried", [[1.0], [[]], [["a", "b"]], "x", None, [[0.5]], [[0.5, "b"]], {}])
+def test_totals_bear_odd_scales(tried):
+    scale = {"base_loss": 1.0, "multiplier": 0.5, "tried": tried}
+    assert "scale" in text_of(totals(replace(report_of(layer()), scale=scale)))
+
+
 def test_totals_do_not_mention_what_did_not_happen():
     text = text_of(totals(report_of(layer())))
     assert "not converged" not in text and "remedies" not in text
