@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_da_core.data import TextOptions
-    from lora_da_core.models import LoadedModel
+    from lora_da_core.models import LoadedModel, ModelShapes
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
     from lora_da_core.world import World
@@ -208,13 +208,13 @@ def assembled(request: Request) -> Assembled:
 
     options, pipeline = request.options, request.pipeline
     rows = data.load_rows(options.data, split=options.split)
-    _check_targets(request)
+    shapes = _checked_shapes(request)
     loaded = models.load_model(
         options.model,
         device=options.device,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        offload=needed_offload(options, pipeline, request.lora, rows, request.text),
+        offload=needed_offload(options, pipeline, request.lora, rows, request.text, shapes),
     )
     samples = data.encode_text(rows, loaded.tokenizer, request.text, model_limit=loaded.max_positions)
     notes = [*loaded.notes, *samples.notes]
@@ -229,8 +229,8 @@ def assembled(request: Request) -> Assembled:
     return Assembled(pipeline, loaded, taken, unseen, request.lora, tuple(notes))
 
 
-def _check_targets(request: Request) -> None:
-    """Refuses targets by the model's shapes alone: its weights may take minutes to come."""
+def _checked_shapes(request: Request) -> ModelShapes | None:
+    """The model's shapes, by which alone targets are refused, since its weights may take minutes; None without any."""
     from lora_da_core import adapter, models
 
     options = request.options
@@ -239,8 +239,9 @@ def _check_targets(request: Request) -> None:
             options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
         )
     except ModelError:
-        return  # loading the model says what is wrong, or does without
+        return None  # loading the model says what is wrong, or does without
     adapter.resolve_targets(shapes.model, request.lora, unsupported=request.pipeline.config.unsupported)
+    return shapes
 
 
 # Going on

@@ -12,11 +12,16 @@ from lora_da_core.pipeline import Pipeline
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from lora_da_core.models import Offload
+    from lora_da_core.models import ModelShapes, Offload
 
 
 def needed_offload(
-    options: InitOptions, pipeline: Pipeline, lora: LoraConfig, rows: Rows, text: TextOptions
+    options: InitOptions,
+    pipeline: Pipeline,
+    lora: LoraConfig,
+    rows: Rows,
+    text: TextOptions,
+    shapes: ModelShapes | None,
 ) -> Offload | None:
     """Plans with the model's shapes and the data's own lengths, before any weight is read.
 
@@ -26,6 +31,7 @@ def needed_offload(
         lora: The adapter's configuration.
         rows: The data set.
         text: How its rows become samples.
+        shapes: The model's, where they are known already.
 
     Returns:
         How to load the model; None where it may be loaded whole.
@@ -39,7 +45,8 @@ def needed_offload(
     if limit is None:
         return None
     source, trusted = options.model, options.trust_remote_code
-    shapes = models.load_shapes(source, device=options.device, dtype=options.dtype, trust_remote_code=trusted)
+    if shapes is None:
+        shapes = models.load_shapes(source, device=options.device, dtype=options.dtype, trust_remote_code=trusted)
     tokenizer, _ = models.load_tokenizer(source, trust_remote_code=trusted)
     samples = data.encode_text(rows, tokenizer, text, model_limit=shapes.max_positions).samples
     batches = data.batches(samples, pad_token_id=tokenizer.pad_token_id, batch_size=options.batch_size)

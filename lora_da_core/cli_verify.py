@@ -65,7 +65,7 @@ def verify(
     if split is not None and data is None and not numerics:
         raise OptionError("--split is a part of --data; give both, or neither.")
     report = storage.read_report(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (storage.ADAPTER_CONFIG_FILE, "adapter_model.safetensors"):
         # Without its files PEFT would look for a repository of that name on the hub.
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")

@@ -15,12 +15,11 @@ import transformers
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 import lora_da_core
 import tiny_models
 from conftest import assert_same, make_batches, make_samples, make_tiny_llama
-from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory, estimation, rounds
+from lora_da_core import LoraDAConfig, adapter, block_sweep, capture, estimate_memory
 from lora_da_core.block_sweep import BlockSweep
 from lora_da_core.block_trial import PASSES_INSTEAD, fault, obstacle
 from lora_da_core.blocks import find_blocks
@@ -32,6 +31,7 @@ from lora_da_core.memory.activations import BatchShape
 from lora_da_core.memory.workload import Workload
 from lora_da_core.preparation import job_of
 from lora_da_core.world import ALONE
+from test_memory import counted_flops
 
 FIXED = LoraDAConfig(gamma=64.0)
 
@@ -602,20 +602,7 @@ def test_the_time_of_a_sweep_goes_with_what_torch_counts(monkeypatch: pytest.Mon
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part} for part in ids.split(4)]
     pipeline = lora_da_core.build_pipeline(config=dataclasses.replace(FIXED, token_mask="attention"))
     limit, plan = limited(pipeline, model, batches)
-    estimate, counted = rounds.estimate, []
-
-    def in_place(total: Any, left: Any, right: Any, **rest: Any) -> int:
-        return int(2 * left[0] * left[1] * right[1])
-
-    def watched(*arguments: Any) -> Any:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-            found = estimate(*arguments)
-        counted[-1] += counter.get_total_flops()
-        return found
-
-    monkeypatch.setattr(rounds, "estimate", watched)
-    # Of few samples the look whether the model repeats is a large part.
-    monkeypatch.setattr(estimation, "model_notes", lambda task, batches: [])
+    counted = counted_flops(monkeypatch)
     for most in (None, limit):
         counted.append(0)
         pipeline.run(model, batches, LORA, max_memory=most)

@@ -346,13 +346,9 @@ def test_time_needs_a_throughput():
     assert plan_of(pipeline("ekfac"), throughput=64.0).seconds == 2 * SAMPLES * LENGTH / 64.0
 
 
-@pytest.mark.parametrize("estimator", ["kfac", "identity", ("kfac", {"output": "identity"})], ids=str)
-@pytest.mark.parametrize("layers_per_pass", [1, 5, 14])
-def test_the_time_of_several_passes_goes_with_what_torch_counts(estimator, layers_per_pass, monkeypatch):
-    gradient = "none" if estimator == ("kfac", {"output": "identity"}) else "full"
-    settings = {"alpha": 0.0, "beta": 1.0} if gradient == "none" else {}
-    model, batches, counted = llama(hidden_size=128, intermediate_size=320), full_batches(), []
-    estimate = rounds.estimate
+def counted_flops(monkeypatch):
+    """A list to whose last number estimates from now on add what torch counts of their multiplications."""
+    estimate, counted = rounds.estimate, []
 
     def in_place(total, left, right, **rest):
         return 2 * left[0] * left[1] * right[1]
@@ -366,6 +362,16 @@ def test_the_time_of_several_passes_goes_with_what_torch_counts(estimator, layer
     monkeypatch.setattr(rounds, "estimate", watched)
     # Of few samples the look whether the model repeats is a large part.
     monkeypatch.setattr(estimation, "model_notes", lambda task, batches: [])
+    return counted
+
+
+@pytest.mark.parametrize("estimator", ["kfac", "identity", ("kfac", {"output": "identity"})], ids=str)
+@pytest.mark.parametrize("layers_per_pass", [1, 5, 14])
+def test_the_time_of_several_passes_goes_with_what_torch_counts(estimator, layers_per_pass, monkeypatch):
+    gradient = "none" if estimator == ("kfac", {"output": "identity"}) else "full"
+    settings = {"alpha": 0.0, "beta": 1.0} if gradient == "none" else {}
+    model, batches = llama(hidden_size=128, intermediate_size=320), full_batches()
+    counted = counted_flops(monkeypatch)
     for most in ("auto", layers_per_pass):
         counted.append(0)
         pipe = pipeline(estimator, gradient, layers_per_pass=most, **settings)
