@@ -73,6 +73,7 @@ def main() -> None:
     for name in WARMED_UP:
         if PROGRAMS[name] in programs:
             programs[PROGRAMS[name]](batches[-2:])
+    _restore(model, options)
     for number in range(options.repetitions):
         for name, program in programs.items():
             if number and (name in limits or name == PROGRAMS["in_turn"]):
@@ -81,6 +82,8 @@ def main() -> None:
                 print("time limit reached", flush=True)
                 return
             runs[name].append(_measured(program, batches))
+            if name == REFERENCE:
+                _restore(model, options)
             figures["rows"][name] = _summary(runs[name])
             if REFERENCE in figures["rows"]:
                 ratio = figures["rows"][name]["seconds"] / figures["rows"][REFERENCE]["seconds"]
@@ -184,9 +187,6 @@ def _programs(
 
         preprocess_loraga(model, config, step)
         get_peft_model(model, config).unload()
-        for module in model.modules():
-            for name in [name for name in vars(module) if name.startswith("_peft_loraga")]:
-                delattr(module, name)
 
     def run_of(pipeline: Any, **more: Any) -> Callable[[Any], Any]:
         return lambda batches: pipeline.run(model, batches, lora, **more).report
@@ -231,6 +231,14 @@ def _measured(program: Callable[[Any], Any], batches: Any) -> dict[str, Any]:
         row["solvers"] = {name: solvers.count(name) for name in sorted(set(solvers))}
         row["with_remedies"] = sum(bool(layer.remedies) for layer in report.layers)
     return row
+
+
+def _restore(model: Any, options: argparse.Namespace) -> None:
+    """The model as it was made: LoRA-GA takes its adapter out of the base's weights and leaves marks on modules."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.startswith("_peft_loraga")]:
+            delattr(module, name)
+    model.load_state_dict(random_llama(options, options.device).state_dict())
 
 
 def _cleaned() -> None:

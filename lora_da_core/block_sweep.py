@@ -43,17 +43,9 @@ class BlockSweep:
 
     def __init__(self, task: CaptureTask, batches: Sequence[Batch], parts: Sequence[Names]) -> None:
         blocks = blocks_of(task)
-        count = len(blocks.modules)
-        places = [[blocks.numbers.get(name, count) for name in part] for part in parts]
-        starts, ends = [min(place) for place in places], [count + 1]
-        for place in places:
-            if max(place) >= ends[-1]:
-                raise BlockFault("its parts do not follow each other from the last block to the first")
-            ends.append(min(place))
-        settings = task.sweep or SweepSettings()
+        starts = starts_of(task, blocks, parts)
         self._parts = [frozenset(part) for part in parts]
-        if settings.head_alone and starts[0] < count:
-            starts.insert(0, count)
+        if len(starts) > len(parts):
             self._parts.insert(0, frozenset())
         self._sweep = Sweep(task, batches, blocks, starts)
 
@@ -77,6 +69,31 @@ class BlockSweep:
         while self._sweep.done < wanted:
             self._sweep.advance(without_layers(task), None)
         return self._sweep.advance(task, on_progress)
+
+
+def starts_of(task: CaptureTask, blocks: Blocks, parts: Sequence[Names]) -> list[int]:
+    """The first block of each part; before them the number of blocks, where what follows these is a part of its own.
+
+    Args:
+        task: What is run, with how it is swept.
+        blocks: Of its model.
+        parts: The layers of each part.
+
+    Returns:
+        One number more than there are parts, or as many.
+
+    Raises:
+        BlockFault: The parts are not those of the last blocks, and so on to the first.
+    """
+    count = len(blocks.modules)
+    places = [[blocks.numbers.get(name, count) for name in part] for part in parts]
+    starts, ends = [min(place) for place in places], [count + 1]
+    for place in places:
+        if max(place) >= ends[-1]:
+            raise BlockFault("its parts do not follow each other from the last block to the first")
+        ends.append(min(place))
+    alone = (task.sweep or SweepSettings()).head_alone and starts[0] < count
+    return [count, *starts] if alone else starts
 
 
 class Sweep:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
-from lora_da_core.block_sweep import Sweep, blocks_of, without_layers
+from lora_da_core.block_sweep import Names, Sweep, blocks_of, starts_of, without_layers
 from lora_da_core.blocks import BlockCall, BlockFault, Blocks, followed
 from lora_da_core.capture import CaptureTask
 from lora_da_core.interfaces import FisherEstimator, GradientEstimator
@@ -54,38 +54,39 @@ def obstacle(model: nn.Module, estimator: FisherEstimator[Any], gradient: Gradie
     return None
 
 
-def fault(task: CaptureTask, batches: Sequence[Batch]) -> str | None:
-    """Whether the model gives block by block what it gives as a whole, tried on one sample before work.
+def fault(task: CaptureTask, batches: Sequence[Batch], parts: Sequence[Names]) -> str | None:
+    """Whether the model gives part by part what it gives as a whole, tried on one sample before work.
 
-    Compared are the sample's loss, and the gradients in the hidden states that every block is given, with those of
+    Compared are the sample's loss, and the gradients in the hidden states that every part is given, with those of
     ordinary differentiation of the whole model.
 
     Args:
         task: What is to be run, with all layers.
         batches: The data; the first sample with labels is read.
+        parts: The layers of each part of blocks.
 
     Returns:
         What is wrong, as half a sentence; None where nothing is.
     """
-    parts = (labelled_part(task.objective, batch) for batch in batches)
-    sample = take_rows(next(part for part in parts if part is not None), torch.zeros(1, dtype=torch.int64))
+    labelled = (labelled_part(task.objective, batch) for batch in batches)
+    sample = take_rows(next(part for part in labelled if part is not None), torch.zeros(1, dtype=torch.int64))
     try:
-        return _difference(task, sample)
+        return _difference(task, sample, parts)
     except BlockFault as error:
         return str(error)
     except Exception as error:  # the model's own code may raise anything where it is run in an unusual way
         return f"its blocks raised {type(error).__name__} when they were run by themselves"
 
 
-def _difference(task: CaptureTask, sample: Batch) -> str | None:
-    """What differs between a sweep in which every block is a part, and ordinary differentiation; None where nothing."""
+def _difference(task: CaptureTask, sample: Batch, parts: Sequence[Names]) -> str | None:
+    """What differs between a sweep over the parts and ordinary differentiation; None where nothing does."""
     blocks = blocks_of(task)
-    count = len(blocks.modules)
+    starts = starts_of(task, blocks, parts)
     loss, gradients = _ordinary(task, blocks, to_device(sample, task.device))
-    sweep = Sweep(task, [sample], blocks, range(count, -1, -1), to_the_inputs=True)
-    for number in range(count, -1, -1):
+    sweep = Sweep(task, [sample], blocks, starts, to_the_inputs=True)
+    for number in starts:
         sweep.advance(without_layers(task), None)
-        if number == count and not _near(torch.tensor(sweep.counted.loss_sum), loss):
+        if number == starts[0] and not _near(torch.tensor(sweep.counted.loss_sum), loss):
             return "its loss is another one when its blocks are run by themselves"
         kept = [flight.gradient for flight in sweep.flights]
         if len(kept) != 1 or kept[0] is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +38,13 @@ class Eigenpairs:
     remedies: tuple[str, ...] = ()
 
 
-def eigh(matrix: Tensor, what: str) -> Eigenpairs:
+def eigh(matrix: Tensor, what: str, workers: Executor | None = None) -> Eigenpairs:
     """Decomposes in float64 where the matrix is; where that fails on the CPU, and at last there by QR iteration.
 
     Args:
         matrix: (…, n, n), symmetric; its lower triangle is read.
         what: What it is and of which layer, for messages.
+        workers: Decompose the matrices of a batch on the CPU beside each other, to the same bytes.
 
     Returns:
         The eigenpairs, on the matrix's device.
@@ -52,7 +54,7 @@ def eigh(matrix: Tensor, what: str) -> Eigenpairs:
     """
     wide = matrix.double()
     ways: dict[str, Callable[[Tensor], Parts]] = {
-        "as it is": lambda each: tuple(torch.linalg.eigh(each)),
+        "as it is": lambda each: _one_by_one(each, workers) if workers else tuple(torch.linalg.eigh(each)),
         "by QR iteration": lambda each: _by_scipy(each, "eigh", driver="ev"),
     }
     (values, vectors), remedies = _first_that_works(wide, what, "eigenvalues", ways)
@@ -116,6 +118,15 @@ def _attempts(matrix: Tensor, ways: dict[str, Callable[[Tensor], Parts]]) -> Ite
         yield "on the CPU", lambda: tuple(part.to(matrix.device) for part in first[1](on_host))
     for name, way in others:
         yield name, lambda way=way: tuple(part.to(matrix.device) for part in way(on_host))  # type: ignore[misc]
+
+
+def _one_by_one(matrix: Tensor, workers: Executor) -> Parts:
+    """Eigenpairs of each matrix of a batch by a call of its own, as many at a time as there are workers."""
+    if matrix.device.type != "cpu" or matrix.ndim < 3:
+        return tuple(torch.linalg.eigh(matrix))
+    each = list(workers.map(torch.linalg.eigh, matrix.flatten(0, -3)))
+    stacked = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    return tuple(part.reshape(*matrix.shape[:-2], *part.shape[1:]) for part in stacked)
 
 
 def _by_scipy(matrix: Tensor, name: str, **options: Any) -> Parts:

@@ -180,7 +180,7 @@ class Pipeline:
             plan = plan_within(self, model, peft_config, job, max_memory)
             if plan.schedule == "blocks":
                 # On the data as they come: what is tried does not depend on batches.
-                wrong = fault(job.task, job.batches)
+                wrong = fault(within(plan, job).task, job.batches, plan.parts)
                 if wrong is not None:
                     job = replace(job, notes=(*job.notes, f"{PASSES_INSTEAD}: {wrong}"))
                     logger.warning("%s", job.notes[-1])

@@ -14,6 +14,10 @@ Solve = Callable[[Sequence[PreparedLayer]], list[LayerSolution]]
 """Solves layers of one input size, rank, dtype and device."""
 
 
+PRIORITY = -1
+"""Of the stream that solves: its many small steps must not queue behind the few large ones of preparing."""
+
+
 def solves_beside(device: torch.device) -> bool:
     """Whether a batch is solved while the next layers are prepared, on a stream of its own.
 
@@ -108,7 +112,7 @@ class SolveQueue:
         """What the other stream waits for: all that this one was given so far."""
         if device.type != "cuda":
             return None
-        self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        self._streams.setdefault(device, torch.cuda.Stream(device, priority=PRIORITY))  # type: ignore[no-untyped-call]
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event

@@ -82,7 +82,7 @@ def swept(
 
 
 def assert_equal_sums(task: CaptureTask, batches: Any, parts: Sequence[Sequence[str]]) -> None:
-    assert fault(task, batches) is None
+    assert fault(task, batches, parts) is None
     whole = capture.collect(task, batches, generator=torch.Generator())
     expected, found = sums(whole), swept(task, batches, parts)
     assert len(parts) > 1 and found.keys() == expected.keys()
@@ -293,7 +293,7 @@ def test_what_happens_between_blocks_is_noticed(between: Any, says: str, model_u
     assert_equal_sums(plain, batches, parts_of(plain))
     task = odd_task(between, batches)
     model_unchanged(task.model)
-    assert says in (fault(task, batches) or "")
+    assert says in (fault(task, batches, parts_of(task)) or "")
 
 
 def test_other_uses_of_hidden_states_are_noticed() -> None:
@@ -317,13 +317,13 @@ def test_other_uses_of_hidden_states_are_noticed() -> None:
         (measured, "another gradient reaches"),
     ):
         task = task_of(MODELS["llama"](), batches, objective=objective)
-        assert says in (fault(task, batches) or "")
+        assert says in (fault(task, batches, parts_of(task)) or "")
 
 
 def test_an_encoder_decoder_is_not_swept() -> None:
     batches = [{**tiny_models.texts(), "labels": tiny_models.targets()}]
     task = task_of(tiny_models.t5(), batches, objective="seq2seq")
-    assert "runs elsewhere than in its block" in (fault(task, batches) or "")
+    assert "runs elsewhere than in its block" in (fault(task, batches, parts_of(task)) or "")
 
 
 def test_a_decoder_whose_encoder_is_left_alone_is_swept() -> None:
@@ -346,7 +346,7 @@ def test_a_layer_that_runs_outside_its_block_too_is_noticed() -> None:
             return hidden if number < 3 else hidden + again(hidden)
 
         model.between = between
-        assert says in (fault(task, batches) or "")
+        assert says in (fault(task, batches, parts_of(task)) or "")
 
 
 def test_a_model_that_cannot_be_run_again_is_told(model_unchanged: Any) -> None:
@@ -359,7 +359,7 @@ def test_a_model_that_cannot_be_run_again_is_told(model_unchanged: Any) -> None:
     model = odd_task(plainly, batches)
     model_unchanged(model.model)
     model.model.between = failing  # type: ignore[assignment]
-    assert "RuntimeError" in (fault(model, batches) or "")
+    assert "RuntimeError" in (fault(model, batches, parts_of(model)) or "")
 
 
 # Runs within a limit

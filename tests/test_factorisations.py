@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -220,3 +221,15 @@ def test_remedies_are_in_the_log_by_layer(caplog: pytest.LogCaptureFixture, monk
     lines = {record.getMessage() for record in caplog.records}
     for layer in found.report.layers:
         assert {f"layer {layer.name}: {remedy}" for remedy in layer.remedies} <= lines
+
+
+def test_matrices_of_a_batch_beside_each_other_have_the_bytes_of_one_after_the_other() -> None:
+    batch = symmetric(40, (2, 3))
+    expected = eigh(batch, "the matrices")
+    with ThreadPoolExecutor(3) as workers:
+        found = eigh(batch, "the matrices", workers)
+        assert torch.equal(eigh(batch[0, 0], "one", workers).values, expected.values[0, 0])
+        batch[1, 2, 0, 0] = torch.nan
+        with pytest.raises(ConvergenceError, match="the matrices holds NaN"):
+            eigh(batch, "the matrices", workers)
+    assert torch.equal(found.values, expected.values) and torch.equal(found.vectors, expected.vectors)

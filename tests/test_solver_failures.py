@@ -64,6 +64,32 @@ def test_1_more_copies_than_the_block_holds_are_found(block_size: int) -> None:
         assert objective(operator, result.vectors) == pytest.approx(least, rel=1e-12)
 
 
+@pytest.mark.parametrize("block_size", [None, 12])
+def test_1_a_block_that_can_miss_no_copy_is_verified_by_few_products(
+    block_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent: list[int] = []
+    verify = lanczos._Run._verify
+
+    def counted(run: Any, candidate: Any, effort: int) -> Tensor:
+        before = run.space.applies
+        verified = verify(run, candidate, effort)
+        spent.append(run.space.applies - before)
+        return verified
+
+    monkeypatch.setattr(lanczos._Run, "_verify", counted)
+    operator = SPECTRA["hidden_copies"].build(torch.float64)
+    least = float(eigenvalues(operator)[:8].sum())
+    for seed in range(20):
+        result = solve("lanczos", operator, 8, seed=seed, block_size=block_size)
+        assert bool(result.converged)
+        assert objective(operator, result.vectors) == pytest.approx(least, rel=1e-12)
+    assert set(spent) == {lanczos._LEAST_STEPS}
+    spent.clear()
+    solve("lanczos", operator, 8, block_size=8)
+    assert max(spent) > lanczos._LEAST_STEPS
+
+
 def test_1_more_copies_than_the_block_holds_are_found_in_a_batch() -> None:
     matrix = SPECTRA["hidden_copies"].build(torch.float64).to_dense()
     result = solve("lanczos", Dense(torch.stack([matrix, 2 * matrix])), 8, block_size=2)

@@ -73,8 +73,12 @@ class OutputSquares(Accumulator):
         self.total = torch.zeros(size, device=device, dtype=dtype)
 
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        block = required(output_grads).to(self.total)
-        self.total += block.square().sum(0)
+        grads = required(output_grads)
+        if grads.is_cuda:
+            # One kernel: what is read is converted, squared and added up on the way.
+            self.total += torch.linalg.vector_norm(grads, dim=0, dtype=self.total.dtype).square()
+        else:
+            self.total += grads.to(self.total).square().sum(0)
 
     def statistics(self) -> dict[str, Tensor]:
         return {SQUARES: self.total}

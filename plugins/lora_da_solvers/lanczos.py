@@ -28,6 +28,8 @@ _LEAST_STEPS = 3
 """Products that a verification round makes at least."""
 _LEAST_PROBE = 4
 """Columns of a verification round's random block at least: one column alone can be nearly orthogonal to a copy."""
+_OVERSAMPLING = 4
+"""Columns beyond the rank that a block has by default, and from which on it can miss none of the wanted vectors."""
 _LEVEL = 1e-3
 """Accuracy relative to the wanted eigenvalues at which a verification round may end without a gap in sight."""
 _FIRST_LOOK = 5
@@ -55,7 +57,7 @@ class LanczosOptions:
     """Options of `Lanczos`.
 
     Attributes:
-        block_size: Columns p of one product, at least 1; None takes max(8, rank).
+        block_size: Columns p of one product, at least 1; None takes max(8, rank + 4).
         tolerance: Residual relative to ‖Ω‖ (the largest |Ritz value|), above 0; not taken below 5e-6 in float32.
         max_applies: Block products after which it gives up, at least 1; enough blocks to hold the rank and the final
             residuals are always made.
@@ -97,7 +99,7 @@ class Lanczos(Solver[LanczosOptions]):
 
     def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:
         check_request(operator, rank)
-        width = self.options.block_size or max(8, rank)
+        width = self.options.block_size or max(8, rank + _OVERSAMPLING)
         if operator.size < rank + 4 * max(width, rank, _LEAST_PROBE):
             return dense_smallest(operator, rank)
         stored = operator if isinstance(operator, Dense) and self._inverts(operator.device) else None
@@ -292,6 +294,8 @@ class _Run:
         space.seed(candidate.vectors, candidate.products)
         space.append(space.orthonormalise(space.random_block(self.probe)))
         steps, look = 1, _LEAST_STEPS
+        if self.width >= self.rank + _OVERSAMPLING:
+            effort = 0
         while space.applies < self.budget and (steps < _LEAST_STEPS or steps < effort):
             if steps >= look:
                 if self._separated():
