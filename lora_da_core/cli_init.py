@@ -10,7 +10,7 @@ import typer
 
 from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.cli_memory import needed_offload
-from lora_da_core.cli_options import memory_limit, module_names
+from lora_da_core.cli_options import memory_limit, module_names, places_checked
 from lora_da_core.errors import ModelError, OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _check_places(options: InitOptions) -> None:
 
     if options.resume and options.overwrite:
         raise OptionError("--resume keeps what is there and --overwrite replaces it; leave out one of them.")
-    try:
+    with places_checked():
         if options.resume:
             storage.check_writable(options.output)
             storage.settle_leftovers(options.output)
@@ -261,8 +261,6 @@ def _check_places(options: InitOptions) -> None:
         for directory in (options.cache_dir, options.offload_dir):
             if directory is not None:
                 storage.check_writable(directory)
-    except StorageError as error:
-        raise OptionError(str(error)) from error
 
 
 def finished_run(options: InitOptions) -> RunReport:

@@ -373,7 +373,7 @@ def _try_writing(parent: Path, fault: str) -> None:
     try:
         Path(tempfile.mkdtemp(prefix=".lora-da-", dir=parent)).rmdir()
     except OSError as error:
-        raise StorageError(f"{fault}: {parent} is not writable.") from error
+        raise StorageError(f"{fault}: {parent} is not writable; give another directory.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

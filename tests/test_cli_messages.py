@@ -83,6 +83,8 @@ TABLE = [
     ("ablate bad.toml --output new", WRONG, "is not valid TOML"),
     ("ablate unknown.toml --output new", WRONG, "unknown key 'modle'. Did you mean 'model'"),
     ("ablate grid.toml --output data.jsonl", WRONG, "data.jsonl is a file; give a directory"),
+    ("ablate grid.toml --output /proc/lora-da/new", WRONG, "cannot be created: /proc is not writable; give another"),
+    ("ablate grid.toml --output /proc/self/fd", WRONG, "/proc/self/fd is not writable; give another directory."),
     ("ablate grid.toml --output odd", WRONG, "is not a grid's results; give another directory"),
     ("ablate grid.toml --output new --jobs 0", WRONG, "jobs is 0"),
     ("ablate grid.toml --output new --jobs some", WRONG, "Invalid value for '--jobs'"),
