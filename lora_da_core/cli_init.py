@@ -75,7 +75,7 @@ def init(options: InitOptions) -> None:
 
 
 def _init_in(world: World, options: InitOptions) -> None:
-    from lora_da_core import adapter, storage
+    from lora_da_core import adapter, data, models, storage
     from lora_da_core.ablation.memory import PeakMemory
     from lora_da_core.cli_plan import forecast, outcome
     from lora_da_core.progress import note, shown_progress
@@ -90,6 +90,8 @@ def _init_in(world: World, options: InitOptions) -> None:
         report = finished_run(options)
     else:
         log = console(stderr=True, quiet=world.rank > 0)
+        for sentence in (*data.waits_for(options.data), *models.waits_for(options.model)):
+            note(log, sentence)
         parts = assembled(request)
         for sentence in parts.notes:
             note(log, sentence)
@@ -232,13 +234,16 @@ def assembled(request: Request) -> Assembled:
 def _checked_shapes(request: Request) -> ModelShapes | None:
     """The model's shapes, by which alone targets are refused, since its weights may take minutes; None without any."""
     from lora_da_core import adapter, models
+    from lora_da_core.sources import is_unreachable
 
     options = request.options
     try:
         shapes = models.load_shapes(
             options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
         )
-    except ModelError:
+    except ModelError as error:
+        if is_unreachable(error):
+            raise  # who asks again waits as long again
         return None  # loading the model says what is wrong, or does without
     adapter.resolve_targets(shapes.model, request.lora, unsupported=request.pipeline.config.unsupported)
     return shapes

@@ -59,6 +59,8 @@ def verify(
 ) -> None:
     """Reload an adapter with stock PEFT and check that it is what was computed, on an untouched base."""
     from lora_da_core import adapter, models, storage
+    from lora_da_core.data import waits_for
+    from lora_da_core.progress import tell
 
     if cache_dir is not None and not numerics:
         raise OptionError("--cache-dir holds the statistics that --numerics reads; give both, or neither.")
@@ -75,6 +77,7 @@ def verify(
         dtype = _recorded(directory, "dtype", "in which precision its model was loaded")
     given = {"model": source, "data": data, "split": split, "device": device, "dtype": dtype, "cache_dir": cache_dir}
     options = _options_of(directory, {**given, "trust_remote_code": trust_remote_code}) if numerics else None
+    tell((*(() if data is None else waits_for(data)), *models.waits_for(source)))
     rows = None if data is None else _first_rows(data, split or "train")
     loaded = models.load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     checks = adapter.verify(directory, loaded.model, report, _probe_input(loaded, rows))

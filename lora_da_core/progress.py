@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -102,6 +102,13 @@ class _NoteHandler(logging.Handler):
 def note(console: Console, text: str, *, kind: str = "note") -> None:
     """Writes a sentence on a line of its own, as it is: no markup, no cutting."""
     console.print(f"{kind}: {' '.join(text.split())}", markup=False, highlight=False, soft_wrap=True)
+
+
+def tell(sentences: Iterable[str]) -> None:
+    """Writes notes to stderr, for a command that shows no other progress yet."""
+    console = Console(stderr=True)
+    for sentence in sentences:
+        note(console, sentence)
 
 
 @contextmanager

@@ -542,6 +542,25 @@ def test_plan_of_a_missing_model_is_one_error_line(shapes):
     assert outcome.stderr.startswith("error: model './nowhere' does not exist") and outcome.stderr.count("\n") == 1
 
 
+def test_what_a_plan_waits_for_is_said_but_not_beside_json(world):
+    (world / "large.gguf").write_bytes(b"not a model")
+    told, silent = (run(world, "plan", "--model", "large.gguf", *more) for more in ((), ("--json",)))
+    assert told.stderr.startswith("note: reading the header of 'large.gguf', which holds the vocabulary")
+    assert silent.stderr.startswith("error: ") and silent.exit_code == told.exit_code == 1
+
+
+def test_init_says_that_it_asks_the_hub_and_asks_once_where_there_is_no_network(world, monkeypatch):
+    def refused(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    monkeypatch.setattr(lora_da_core.models, "load_model", lambda *args, **kwargs: pytest.fail("it was asked again"))
+    outcome = run(world, "init", "--model", "some/model", "--data", "data.jsonl", "--output", "new")
+    first, last = outcome.stderr.splitlines()
+    assert outcome.exit_code == 1 and first.startswith("note: looking for model 'some/model' on the hub; ")
+    assert "the network cannot be reached: Name or service not known." in last
+
+
 # plugins, help, options
 
 
