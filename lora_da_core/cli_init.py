@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,8 @@ def _init_in(world: World, options: InitOptions) -> None:
     show(report, brief=len(report.layers) >= MANY_LAYERS)
     for sentence in told:
         typer.echo(sentence)
-    typer.echo(f"saved to {options.output}")
+    place = shlex.quote(str(options.output))
+    typer.echo(f"saved to {options.output}; to read it: lora-da inspect {place}; to check it: lora-da verify {place}")
 
 
 def requested(options: InitOptions) -> Request:
@@ -317,8 +319,6 @@ def show(report: RunReport, *, brief: bool = False) -> None:
     out.print(group_table(report) if brief else layer_table(report, wide=out.width >= WIDE))
     out.print()
     out.print(totals(report))
-    if brief:
-        out.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
