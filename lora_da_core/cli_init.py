@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_init_options import InitOptions, Request
 from lora_da_core.cli_memory import needed_offload
 from lora_da_core.cli_options import memory_limit, module_names, places_checked
 from lora_da_core.errors import ModelError, OptionError, StorageError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from rich.console import Console
 
-    from lora_da_core.data import TextOptions
     from lora_da_core.models import LoadedModel, ModelShapes
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
@@ -33,16 +32,6 @@ MANY_LAYERS = 40
 PICTURE_FILE = "spectra.png"
 _ELSEWHERE = frozenset({"cache-dir", "offload-dir", "statistics-device"})
 """Recorded options that change nothing of what is computed."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run of `init` is asked for, checked; nothing is loaded yet."""
-
-    options: InitOptions
-    pipeline: Pipeline
-    text: TextOptions
-    lora: LoraConfig
 
 
 @dataclass(frozen=True)
@@ -218,7 +207,7 @@ def assembled(request: Request) -> Assembled:
         device=options.device,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        offload=needed_offload(options, pipeline, request.lora, rows, request.text, shapes),
+        offload=needed_offload(request, rows, shapes),
     )
     samples = data.encode_text(rows, loaded.tokenizer, request.text, model_limit=loaded.max_positions)
     notes = [*loaded.notes, *samples.notes]

@@ -19,7 +19,7 @@ from lora_da_core.budget import plan_note, plan_within, stored, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
-from lora_da_core.components import Components
+from lora_da_core.components import Components, Setup
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.display import html_table
 from lora_da_core.distributed import joined
@@ -110,6 +110,10 @@ class Pipeline:
         self.measured: dict[Any, Measured] = {}
         """What plans have found the components to take on small layers, which is the same for every model."""
 
+    @property
+    def _setup(self) -> Setup:
+        return Setup(self.registry, self.components, self.config)
+
     def __repr__(self) -> str:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
         return f"Pipeline({names}, config={self.config!r})"
@@ -161,9 +165,9 @@ class Pipeline:
         with self._world(world) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
+            job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
             job, parts = self._divided(model, job, peft_config, adapter_name, limit, offload_dir)
-            return Finish(self.registry, self.components, self.config, job, on_progress, keep).result(parts)
+            return Finish(self._setup, job, on_progress, keep).result(parts)
 
     def _divided(
         self,
@@ -233,7 +237,7 @@ class Pipeline:
         with self._world(None) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
+            job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
             job = stored(job, self.config.statistics_device, offload_dir)
             task, first = job.task, job.batches
             found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
@@ -304,12 +308,12 @@ class Pipeline:
             specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
-        check_ranks(self.registry, self.components, self.config, made.model, specs)
+        check_ranks(self._setup, made.model, specs)
         check_tokens(specs, estimates.statistics)
         with self._world(None) as shared:
             task, more = replace(made, specs=specs, world=shared), (estimates.later, estimates.unseen)
             job = Job(task, estimates.batches, estimates.notes, *more)
-            finish = Finish(self.registry, self.components, self.config, job, shared.watched(on_progress))
+            finish = Finish(self._setup, job, shared.watched(on_progress))
             return finish.solved_again(estimates)
 
     def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:
