@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.capture.first_look import loss_scale, single_uses
-from lora_da_core.capture.task import CaptureTask, HiddenStates, Progress, SweepSettings
+from lora_da_core.capture.task import CaptureTask, ComponentKind, HiddenStates, Progress, SweepSettings
 from lora_da_core.custody import KeptSums
 from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Accumulator
@@ -370,9 +369,7 @@ class Run:
             )
         return layer.group
 
-    def _blamed(
-        self, kind: Literal["estimator", "gradient", "objective"], layer: str | None = None
-    ) -> AbstractContextManager[None]:
+    def _blamed(self, kind: ComponentKind, layer: str | None = None) -> AbstractContextManager[None]:
         """What a plugin's code raises becomes an error that names it, the layer and the batch."""
         place = "" if layer is None else f" on layer {layer}"
         batch = "" if self._number is None else f" in batch {self._number}"

@@ -27,6 +27,9 @@ from lora_da_core.world import ALONE, World
 HiddenStates = Literal["device", "host"]
 """Where hidden states lie while parts of blocks are run again."""
 
+ComponentKind = Literal["estimator", "gradient", "objective"]
+"""The components that a run of the model calls."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, what is done and what there is to do."""
 
@@ -114,18 +117,20 @@ class CaptureTask:
         module = self.modules[spec.name]
         return KINDS[spec.kind].changed(module, call.output, call.inputs, self.changes[spec.name])
 
-    def blamed(
-        self, kind: Literal["estimator", "gradient", "objective"], place: str = ""
-    ) -> AbstractContextManager[None]:
+    def named(self, kind: ComponentKind) -> str:
+        """A component for error messages: its kind, its name and where it comes from, as far as that is known."""
+        component: Component[Any] = getattr(self, kind)
+        origin = f" ({self.origins[kind]})" if kind in self.origins else ""
+        return f"{kind} {component.name!r}{origin}"
+
+    def blamed(self, kind: ComponentKind, place: str = "") -> AbstractContextManager[None]:
         """What a plugin's code raises becomes an error that names it.
 
         Args:
             kind: Whose code runs.
             place: Where, e.g. ` on layer x`.
         """
-        component: Component[Any] = getattr(self, kind)
-        origin = f" ({self.origins[kind]})" if kind in self.origins else ""
-        return blamed(f"{kind} {component.name!r}{origin}", place)
+        return blamed(self.named(kind), place)
 
     @property
     def offloads(self) -> bool:
