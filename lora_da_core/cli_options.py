@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -14,6 +15,15 @@ from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, Preset
 from lora_da_core.errors import OptionError, StorageError
 
 OptionsT = TypeVar("OptionsT")
+
+
+class ExitCode(IntEnum):
+    """How a command ended; Ctrl-C is what a shell makes of SIGINT."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_USE = 2
+    INTERRUPTED = 130
 
 
 def one_of(*values: str) -> str:

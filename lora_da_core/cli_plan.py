@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import DTYPES, component_choice, memory_limit, module_names
+from lora_da_core.cli_options import DTYPES, ExitCode, component_choice, memory_limit, module_names
 from lora_da_core.errors import LoraDAError, OptionError
 from lora_da_core.types import StatisticsDevice
 
@@ -137,7 +137,7 @@ def plan(options: PlanOptions) -> None:
     else:
         _show(found, shapes, workload)
     if not found.fits:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def forecast(

@@ -12,7 +12,7 @@ import typer
 from lora_da_core.cli_config_file import file_defaults
 from lora_da_core.cli_init import assembled, requested
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import DTYPES, parsed
+from lora_da_core.cli_options import DTYPES, ExitCode, parsed
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lora_da_core.numerics import LayerNumerics
     from lora_da_core.types import LoraFactors, RunReport
 
-FAILED = 1
 PROBE_TOKENS = 16
 """Tokens of the input that `verify` makes up where it is given no data."""
 
@@ -93,7 +92,7 @@ def verify(
     if options is not None:
         _show_remedies(found)
     if not all(passed for _, passed, _ in lines):
-        raise typer.Exit(FAILED)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _check_tensors(path: Path) -> None:
