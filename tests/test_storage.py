@@ -88,7 +88,7 @@ def test_places_that_take_no_directory_are_refused_before_work(tmp_path: Path) -
             StorageError, match=rf"^{place} cannot be created: /proc is not writable; give another directory\.$"
         ):
             storage.check_output(place, overwrite=False)
-    with pytest.raises(StorageError, match=r"^/proc/self/fd cannot be (created|replaced): "):
+    with pytest.raises(StorageError, match=r"^/proc/self/fd is not writable; give another directory"):
         storage.check_output(Path("/proc/self/fd"), overwrite=True)
     storage.check_output(tmp_path / "a" / "b", overwrite=False)
     assert list(tmp_path.iterdir()) == []

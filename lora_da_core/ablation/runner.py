@@ -82,7 +82,8 @@ def run_grid(
     checked = _grid(grid)
     _check(checked, executor, jobs)
     directory = Path(output)
-    _prepare(directory)
+    _check_directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
         results = Results(directory)
         results.drop_torn_line()
@@ -111,7 +112,7 @@ def plan(
     jobs: int = 1,
     retry_failed: bool = False,
 ) -> Plan:
-    """What `run_grid` would do; nothing is loaded or written.
+    """What `run_grid` would do; nothing is loaded, and nothing is left behind.
 
     Args:
         grid: As `run_grid` takes it.
@@ -124,10 +125,11 @@ def plan(
         The plan.
 
     Raises:
-        OptionError: The grid or an argument is wrong.
+        OptionError: As `run_grid`.
     """
     checked, results = _grid(grid), Results(Path(output))
     _check(checked, executor, jobs)
+    _check_directory(results.directory)
     groups = checked.groups(without=_finished(results, retry_failed))
     left = sum(len(group.cells) for group in groups)
     records = [record for record in results.read() if record["status"] == DONE]
@@ -151,13 +153,12 @@ def _check(grid: Grid, executor: str, jobs: int) -> None:
         ray_actors.check(grid.run)
 
 
-def _prepare(directory: Path) -> None:
+def _check_directory(directory: Path) -> None:
     with places_checked():
         check_writable(directory)
     files = [path.name for path in directory.iterdir()] if directory.exists() else []
     if any(not name.startswith(".") for name in files) and not {RESULTS, RUN} & set(files):
         raise OptionError(f"{directory} holds something that is not a grid's results; give another directory.")
-    directory.mkdir(parents=True, exist_ok=True)
 
 
 def _finished(results: Results, retry_failed: bool) -> set[str]:
