@@ -17,18 +17,19 @@ from torch import Tensor
 
 from lora_da_core.batches import labelled_part, to_device
 from lora_da_core.capture.first_look import loss_scale, single_uses
-from lora_da_core.capture.task import CaptureTask, ComponentKind, HiddenStates, Progress, SweepSettings
+from lora_da_core.capture.task import CaptureTask, ComponentKind, HiddenStates, SweepSettings
 from lora_da_core.custody import KeptSums
 from lora_da_core.errors import ModelError, PluginError, TargetError
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.layer_kinds import KINDS, Call, watched
 from lora_da_core.merging import Merger
 from lora_da_core.model_state import first_non_finite_module, prepared, recomputing
-from lora_da_core.placement import offloaded_weights_reloaded
+from lora_da_core.placement import is_offloaded, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
 from lora_da_core.shares import Share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
 from lora_da_core.types import Batch, LayerSpec
+from lora_da_core.world import Progress
 
 __all__ = ["CaptureTask", "HiddenStates", "Progress", "Run", "SweepSettings", "collect"]
 
@@ -93,7 +94,7 @@ class Run:
         self.merged = self.statistics
         self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
         self._device = task.device
-        self._offloads = task.offloads
+        self._offloads = is_offloaded(task.model)
         self._pass = 0
         self._batch: TokenLedger | None = None
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False

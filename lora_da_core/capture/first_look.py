@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -74,7 +73,7 @@ def loss_scale(task: CaptureTask, batches: Sequence[Batch]) -> float:
             found: Tensor = Tap.apply(output, call.inputs.detach(), use, sized)  # type: ignore[no-untyped-call]
             return found
 
-        reloaded = offloaded_weights_reloaded(task.model) if task.offloads else contextlib.nullcontext()
+        reloaded = offloaded_weights_reloaded(task.model)
         with watched(task.modules, [*specs.values()], tapped), torch.enable_grad(), reloaded:
             with task.blamed("objective"):
                 losses = task.objective.losses(task.model, on_device)

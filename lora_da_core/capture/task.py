@@ -17,7 +17,7 @@ from lora_da_core.custody import Custody
 from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, GradientEstimator, Objective
 from lora_da_core.layer_kinds import KINDS, Call
 from lora_da_core.operators import LinearMap, accumulation_dtype
-from lora_da_core.placement import execution_device, has_sharded_parts, model_device, offload_hook
+from lora_da_core.placement import execution_device, has_sharded_parts, model_device
 from lora_da_core.shares import Share, even_share, share_of
 from lora_da_core.sums_storage import SumsStorage
 from lora_da_core.taps import TokenLedger
@@ -29,9 +29,6 @@ HiddenStates = Literal["device", "host"]
 
 ComponentKind = Literal["estimator", "gradient", "objective"]
 """The components that a run of the model calls."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, what is done and what there is to do."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +128,6 @@ class CaptureTask:
             place: Where, e.g. ` on layer x`.
         """
         return blamed(self.named(kind), place)
-
-    @property
-    def offloads(self) -> bool:
-        """Whether weights are brought in from elsewhere when they are used."""
-        return any(offload_hook(module) is not None for module in self.model.modules())
 
     @property
     def needs_backward(self) -> bool:
