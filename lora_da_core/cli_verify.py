@@ -66,11 +66,11 @@ def verify(
     if split is not None and data is None and not numerics:
         raise OptionError("--split is a part of --data; give both, or neither.")
     report = storage.read_report(directory)
-    for name in (storage.ADAPTER_CONFIG_FILE, "adapter_model.safetensors"):
+    for name in (storage.ADAPTER_CONFIG_FILE, storage.WEIGHTS_FILE):
         # Without its files PEFT would look for a repository of that name on the hub.
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")
-    _check_tensors(directory / "adapter_model.safetensors")
+    _check_tensors(directory / storage.WEIGHTS_FILE)
     source = _recorded(directory, "model", "which model it belongs to") if model is None else model
     if dtype is None:
         dtype = _recorded(directory, "dtype", "in which precision its model was loaded")

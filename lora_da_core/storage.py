@@ -24,8 +24,8 @@ from lora_da_core.types import LayerReport, RunReport
 
 REPORT_FILE = "lora_da_report.json"
 SETTINGS_FILE = "lora_da_config.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-"""What PEFT writes beside an adapter's weights."""
+ADAPTER_CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT writes of an adapter."""
 LARGEST_JSON = 2**26
 """Bytes of the largest report or settings that are read; those of a thousand layers have two million."""
 
