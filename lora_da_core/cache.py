@@ -195,7 +195,7 @@ def _write(directory: Path, identity: Identity, found: Estimates) -> None:
         "identity": identity.fields,
         "layers": layers,
         "tensors": tensors,
-        "counts": {"samples": sums.samples, "label_tokens": sums.label_tokens, "loss_sum": sums.loss_sum},
+        "counts": sums.counts,
         "tensors_sha256": storage.file_digest(directory / TENSORS_FILE),
     }
     storage.write_json(directory / MANIFEST_FILE, {**manifest, "manifest_sha256": digest_of(manifest)})
@@ -287,7 +287,7 @@ def _shared_out(found: Estimates | None, task: CaptureTask, batches: Sequence[Ba
         leaders = sums.leaders()
         outline = {
             "layers": [[name, leaders[name], layer.tokens] for name, layer in sums.layers.items()],
-            "counts": {"samples": sums.samples, "label_tokens": sums.label_tokens, "loss_sum": sums.loss_sum},
+            "counts": sums.counts,
             "notes": found.notes,
             "seconds": found.seconds,
         }

@@ -22,12 +22,11 @@ from typer.core import TyperGroup
 from lora_da_core.ablation.command import AblateOptions, ablate
 from lora_da_core.cli_init import NARROWEST, PICTURE_FILE, init, show, table_console
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import command_of
+from lora_da_core.cli_options import ExitCode, command_of
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.cli_verify import verify
 from lora_da_core.errors import LoraDAError, OptionError
 
-DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 LONGEST_SURPRISE = 500
 """Characters that are shown of an error that nobody foresaw."""
 QUIET = ("torchao", "bitsandbytes", "torch.utils._pytree")
@@ -50,27 +49,27 @@ class OneLineErrors(TyperGroup):
         try:
             status = super().main(given, prog_name or "lora-da", **rest)
         except (KeyboardInterrupt, typer.Abort):  # outside of a command, as typer's versions hand it on
-            status = INTERRUPTED
+            status = ExitCode.INTERRUPTED
         except Exception as error:
             # typer's own errors: their class has moved between its versions, their interface has not.
             if not hasattr(error, "format_message"):
                 raise
             message = error.format_message().rstrip(".")
             _complain(f"{message}{'' if message.endswith('?') else '.'} See --help.")
-            status = WRONG_USE
-        if status == INTERRUPTED:
+            status = ExitCode.WRONG_USE
+        if status == ExitCode.INTERRUPTED:
             _complain("interrupted.")
-        sys.exit(status if isinstance(status, int) else DONE)
+        sys.exit(status if isinstance(status, int) else ExitCode.DONE)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
         except LoraDAError as error:
             _trace(ctx)
             _complain(str(error))
-            raise typer.Exit(WRONG_USE if isinstance(error, OptionError) else FAILED) from error
+            raise typer.Exit(ExitCode.WRONG_USE if isinstance(error, OptionError) else ExitCode.FAILED) from error
         except (BrokenPipeError, typer.Exit, typer.Abort):
             raise
         except Exception as error:
@@ -78,7 +77,7 @@ class OneLineErrors(TyperGroup):
                 raise
             _trace(ctx)
             _complain(_unexpected(error))
-            raise typer.Exit(FAILED) from error
+            raise typer.Exit(ExitCode.FAILED) from error
 
 
 app = typer.Typer(
@@ -112,7 +111,7 @@ def main() -> None:
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"lora-da {version('lora-da-core')}")
-        raise typer.Exit(DONE)
+        raise typer.Exit(ExitCode.DONE)
 
 
 @app.callback(invoke_without_command=True)
@@ -125,7 +124,7 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-        raise typer.Exit(WRONG_USE)
+        raise typer.Exit(ExitCode.WRONG_USE)
 
 
 # init

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_init_options import InitOptions, Request
 from lora_da_core.cli_memory import needed_offload
-from lora_da_core.cli_options import memory_limit, module_names
+from lora_da_core.cli_options import memory_limit, module_names, places_checked
 from lora_da_core.errors import ModelError, OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from rich.console import Console
 
-    from lora_da_core.data import TextOptions
     from lora_da_core.models import LoadedModel, ModelShapes
     from lora_da_core.pipeline import Pipeline
     from lora_da_core.types import Batch, RunReport
@@ -32,16 +32,6 @@ MANY_LAYERS = 40
 PICTURE_FILE = "spectra.png"
 _ELSEWHERE = frozenset({"cache-dir", "offload-dir", "statistics-device"})
 """Recorded options that change nothing of what is computed."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run of `init` is asked for, checked; nothing is loaded yet."""
-
-    options: InitOptions
-    pipeline: Pipeline
-    text: TextOptions
-    lora: LoraConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ def init(options: InitOptions) -> None:
 
 
 def _init_in(world: World, options: InitOptions) -> None:
-    from lora_da_core import adapter, storage
+    from lora_da_core import adapter, data, models, storage
     from lora_da_core.ablation.memory import PeakMemory
     from lora_da_core.cli_plan import forecast, outcome
     from lora_da_core.progress import note, shown_progress
@@ -90,6 +80,8 @@ def _init_in(world: World, options: InitOptions) -> None:
         report = finished_run(options)
     else:
         log = console(stderr=True, quiet=world.rank > 0)
+        for sentence in (*data.waits_for(options.data), *models.waits_for(options.model)):
+            note(log, sentence)
         parts = assembled(request)
         for sentence in parts.notes:
             note(log, sentence)
@@ -133,7 +125,8 @@ def _init_in(world: World, options: InitOptions) -> None:
     show(report, brief=len(report.layers) >= MANY_LAYERS)
     for sentence in told:
         typer.echo(sentence)
-    typer.echo(f"saved to {options.output}")
+    place = shlex.quote(str(options.output))
+    typer.echo(f"saved to {options.output}; to read it: lora-da inspect {place}; to check it: lora-da verify {place}")
 
 
 def requested(options: InitOptions) -> Request:
@@ -214,7 +207,7 @@ def assembled(request: Request) -> Assembled:
         device=options.device,
         dtype=options.dtype,
         trust_remote_code=options.trust_remote_code,
-        offload=needed_offload(options, pipeline, request.lora, rows, request.text, shapes),
+        offload=needed_offload(request, rows, shapes),
     )
     samples = data.encode_text(rows, loaded.tokenizer, request.text, model_limit=loaded.max_positions)
     notes = [*loaded.notes, *samples.notes]
@@ -232,13 +225,16 @@ def assembled(request: Request) -> Assembled:
 def _checked_shapes(request: Request) -> ModelShapes | None:
     """The model's shapes, by which alone targets are refused, since its weights may take minutes; None without any."""
     from lora_da_core import adapter, models
+    from lora_da_core.sources import is_unreachable
 
     options = request.options
     try:
         shapes = models.load_shapes(
             options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
         )
-    except ModelError:
+    except ModelError as error:
+        if is_unreachable(error):
+            raise  # who asks again waits as long again
         return None  # loading the model says what is wrong, or does without
     adapter.resolve_targets(shapes.model, request.lora, unsupported=request.pipeline.config.unsupported)
     return shapes
@@ -252,7 +248,7 @@ def _check_places(options: InitOptions) -> None:
 
     if options.resume and options.overwrite:
         raise OptionError("--resume keeps what is there and --overwrite replaces it; leave out one of them.")
-    try:
+    with places_checked():
         if options.resume:
             storage.check_writable(options.output)
             storage.settle_leftovers(options.output)
@@ -261,8 +257,6 @@ def _check_places(options: InitOptions) -> None:
         for directory in (options.cache_dir, options.offload_dir):
             if directory is not None:
                 storage.check_writable(directory)
-    except StorageError as error:
-        raise OptionError(str(error)) from error
 
 
 def finished_run(options: InitOptions) -> RunReport:
@@ -314,8 +308,6 @@ def show(report: RunReport, *, brief: bool = False) -> None:
     out.print(group_table(report) if brief else layer_table(report, wide=out.width >= WIDE))
     out.print()
     out.print(totals(report))
-    if brief:
-        out.print("'lora-da inspect' shows every layer.", markup=False, highlight=False)
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -24,6 +24,12 @@ from lora_da_core.types import (
     TokenMask,
     Unsupported,
 )
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from lora_da_core.data import TextOptions
+    from lora_da_core.pipeline import Pipeline
 
 _DEFAULTS = LoraDAConfig()
 _SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distributed"}
@@ -341,3 +347,13 @@ class InitOptions:
             for name, value in values.items()
             if name not in _NOT_RECORDED and value != []
         }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run of `init` is asked for, checked; nothing is loaded yet."""
+
+    options: InitOptions
+    pipeline: Pipeline
+    text: TextOptions
+    lora: LoraConfig

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_da_core.cli_init_options import InitOptions
+from lora_da_core.cli_init_options import Request
 from lora_da_core.cli_options import memory_limit
-from lora_da_core.data import Rows, TextOptions
-from lora_da_core.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
+    from lora_da_core.data import Rows
     from lora_da_core.models import ModelShapes, Offload
 
 
-def needed_offload(
-    options: InitOptions,
-    pipeline: Pipeline,
-    lora: LoraConfig,
-    rows: Rows,
-    text: TextOptions,
-    shapes: ModelShapes | None,
-) -> Offload | None:
+def needed_offload(request: Request, rows: Rows, shapes: ModelShapes | None) -> Offload | None:
     """Plans with the model's shapes and the data's own lengths, before any weight is read.
 
     Args:
-        options: The command's.
-        pipeline: What will run.
-        lora: The adapter's configuration.
+        request: What is asked for.
         rows: The data set.
-        text: How its rows become samples.
         shapes: The model's, where they are known already.
 
     Returns:
@@ -41,6 +28,7 @@ def needed_offload(
     from lora_da_core import data, models
     from lora_da_core.budget import resident_within
 
+    options = request.options
     limit = memory_limit(options.max_memory)
     if limit is None:
         return None
@@ -48,8 +36,10 @@ def needed_offload(
     if shapes is None:
         shapes = models.load_shapes(source, device=options.device, dtype=options.dtype, trust_remote_code=trusted)
     tokenizer, _ = models.load_tokenizer(source, trust_remote_code=trusted)
-    samples = data.encode_text(rows, tokenizer, text, model_limit=shapes.max_positions).samples
+    samples = data.encode_text(rows, tokenizer, request.text, model_limit=shapes.max_positions).samples
     batches = data.batches(samples, pad_token_id=tokenizer.pad_token_id, batch_size=options.batch_size)
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
-    resident = resident_within(pipeline, shapes.model, lora, batches, shapes.device, limit, by_block=alone)
+    resident = resident_within(
+        request.pipeline, shapes.model, request.lora, batches, shapes.device, limit, by_block=alone
+    )
     return None if resident is None else models.Offload(resident, options.offload_dir)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any, TypeVar, get_type_hints
 
 import typer
 
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, Preset
-from lora_da_core.errors import OptionError
+from lora_da_core.errors import OptionError, StorageError
 
 OptionsT = TypeVar("OptionsT")
+
+
+class ExitCode(IntEnum):
+    """How a command ended; Ctrl-C is what a shell makes of SIGINT."""
+
+    DONE = 0
+    FAILED = 1
+    WRONG_USE = 2
+    INTERRUPTED = 130
 
 
 def one_of(*values: str) -> str:
@@ -78,6 +89,19 @@ def memory_limit(text: str | None) -> int | None:
         return None if text is None else parse_size(text)
     except OptionError as error:
         raise OptionError(f"--max-memory: {error}") from error
+
+
+@contextmanager
+def places_checked() -> Iterator[None]:
+    """Makes a place that cannot be written a fault of the option that names it, which is told before work.
+
+    Raises:
+        OptionError: The block raised a `StorageError`.
+    """
+    try:
+        yield
+    except StorageError as error:
+        raise OptionError(str(error)) from error
 
 
 def command_of(options: type[OptionsT], body: Callable[[OptionsT], None]) -> Callable[..., None]:

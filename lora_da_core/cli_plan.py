@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import DTYPES, component_choice, memory_limit, module_names
+from lora_da_core.cli_options import DTYPES, ExitCode, component_choice, memory_limit, module_names
 from lora_da_core.errors import LoraDAError, OptionError
 from lora_da_core.types import StatisticsDevice
 
@@ -106,6 +106,7 @@ def plan(options: PlanOptions) -> None:
     """Say what a run would take, from the model's configuration alone: memory, passes and what they are made of."""
     from lora_da_core import adapter, models
     from lora_da_core.memory import estimate_memory
+    from lora_da_core.progress import tell
 
     limit = memory_limit(options.max_memory)
     pipeline = _pipeline(options)
@@ -117,6 +118,7 @@ def plan(options: PlanOptions) -> None:
         exclude_modules=None if options.exclude_modules is None else module_names(options.exclude_modules),
         task_type="CAUSAL_LM",
     )
+    tell(() if options.as_json else models.waits_for(options.model))
     shapes = models.load_shapes(
         options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
@@ -135,7 +137,7 @@ def plan(options: PlanOptions) -> None:
     else:
         _show(found, shapes, workload)
     if not found.fits:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def forecast(

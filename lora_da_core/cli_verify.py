@@ -12,7 +12,7 @@ import typer
 from lora_da_core.cli_config_file import file_defaults
 from lora_da_core.cli_init import assembled, requested
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import DTYPES, parsed
+from lora_da_core.cli_options import DTYPES, ExitCode, parsed
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lora_da_core.numerics import LayerNumerics
     from lora_da_core.types import LoraFactors, RunReport
 
-FAILED = 1
 PROBE_TOKENS = 16
 """Tokens of the input that `verify` makes up where it is given no data."""
 
@@ -59,22 +58,25 @@ def verify(
 ) -> None:
     """Reload an adapter with stock PEFT and check that it is what was computed, on an untouched base."""
     from lora_da_core import adapter, models, storage
+    from lora_da_core.data import waits_for
+    from lora_da_core.progress import tell
 
     if cache_dir is not None and not numerics:
         raise OptionError("--cache-dir holds the statistics that --numerics reads; give both, or neither.")
     if split is not None and data is None and not numerics:
         raise OptionError("--split is a part of --data; give both, or neither.")
     report = storage.read_report(directory)
-    for name in (storage.ADAPTER_CONFIG_FILE, "adapter_model.safetensors"):
+    for name in (storage.ADAPTER_CONFIG_FILE, storage.WEIGHTS_FILE):
         # Without its files PEFT would look for a repository of that name on the hub.
         if not (directory / name).is_file():
             raise StorageError(f"{directory / name} does not exist; run 'lora-da init' again.")
-    _check_tensors(directory / "adapter_model.safetensors")
+    _check_tensors(directory / storage.WEIGHTS_FILE)
     source = _recorded(directory, "model", "which model it belongs to") if model is None else model
     if dtype is None:
         dtype = _recorded(directory, "dtype", "in which precision its model was loaded")
     given = {"model": source, "data": data, "split": split, "device": device, "dtype": dtype, "cache_dir": cache_dir}
     options = _options_of(directory, {**given, "trust_remote_code": trust_remote_code}) if numerics else None
+    tell((*(() if data is None else waits_for(data)), *models.waits_for(source)))
     rows = None if data is None else _first_rows(data, split or "train")
     loaded = models.load_model(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     checks = adapter.verify(directory, loaded.model, report, _probe_input(loaded, rows))
@@ -90,7 +92,7 @@ def verify(
     if options is not None:
         _show_remedies(found)
     if not all(passed for _, passed, _ in lines):
-        raise typer.Exit(FAILED)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _check_tensors(path: Path) -> None:

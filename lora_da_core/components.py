@@ -1,4 +1,4 @@
-"""The instances that a pipeline is made of."""
+"""What a pipeline is made of: the instances, and what they run with."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import OptionError
 from lora_da_core.function_objective import FunctionObjective
 from lora_da_core.interfaces import FisherEstimator, GradientEstimator, Objective, RankAllocator, Solver
@@ -77,3 +78,18 @@ class Components:
         found = {kind: asdict(component.options) for kind, component in parts.items()}
         found["solver"] = {} if self.solver is None else asdict(self.solver.options)
         return found if self.allocator is None else {**found, "allocator": asdict(self.allocator.options)}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a pipeline brings to a run, whatever the model and the data.
+
+    Attributes:
+        registry: The installed plugins.
+        components: The instances.
+        config: The settings.
+    """
+
+    registry: Registry
+    components: Components
+    config: LoraDAConfig

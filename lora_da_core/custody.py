@@ -71,11 +71,8 @@ class Custody:
         """
         if not self.adds:
             return own
-        counts = [own.samples, own.label_tokens, own.loss_sum, {n: layer.tokens for n, layer in own.layers.items()}]
-        told = world.exchange("counts", counts)
-        layers = {n: replace(layer, tokens=sum(each[3][n] for each in told)) for n, layer in own.layers.items()}
-        samples, labels = (sum(each[place] for each in told) for place in range(2))
-        return Statistics(layers, samples, labels, sum(each[2] for each in told))
+        tokens, counts = own.counts_of_all(world)
+        return Statistics({n: replace(layer, tokens=tokens[n]) for n, layer in own.layers.items()}, **counts)
 
 
 class KeptSums(Accumulator):

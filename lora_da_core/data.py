@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_da_core.batches import TOKENS_PER_BATCH, filled
 from lora_da_core.data_files import check_data
 from lora_da_core.errors import DataError, OptionError
-from lora_da_core.sources import is_kind, local_path, looks_like_path, nearby, reason
+from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, nearby, reason
 from lora_da_core.templates import Passage, RowFormat, row_format
 
 IGNORED = -100
@@ -130,6 +130,18 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
     if len(rows) == 0:
         raise DataError(f"data set '{source}' has no rows in split '{split}'.")
     return rows
+
+
+def waits_for(source: str | Path) -> tuple[str, ...]:
+    """What to say before a data set is looked for: what is waited for.
+
+    Args:
+        source: As `load_rows` takes it.
+
+    Returns:
+        A sentence; none of a path.
+    """
+    return asked_of_hub("data set", source, _BUILDERS)
 
 
 def _load(source: str, arguments: Mapping[str, Any], split: str) -> Rows:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lora_da_core import capture
 from lora_da_core.batches import to_device
-from lora_da_core.blame import blamed
 from lora_da_core.block_sweep import BlockSweep
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.custody import Custody
@@ -74,17 +73,17 @@ class Estimates:
         Raises:
             PluginError: The gradient estimator raised, or G has a wrong shape, NaN or Inf.
         """
+        named = self.task.named("gradient")
         with self._blamed(spec):
             found = self.task.gradient.gradient(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
             shape = tuple(found.shape)
             if shape != (spec.out_features, spec.in_features):
                 raise PluginError(
-                    f"{self._named} gave G of shape {shape} on layer {spec.name}, "
-                    f"not {(spec.out_features, spec.in_features)}"
+                    f"{named} gave G of shape {shape} on layer {spec.name}, not {(spec.out_features, spec.in_features)}"
                 )
             product = found.matmat(torch.ones(spec.in_features, 1, dtype=found.dtype, device=found.device))
         if not bool(product.isfinite().all()):
-            raise PluginError(f"{self._named} gave G with NaN or Inf on layer {spec.name}")
+            raise PluginError(f"{named} gave G with NaN or Inf on layer {spec.name}")
         return found
 
     def diagnostics(self, spec: LayerSpec) -> dict[str, float]:
@@ -94,12 +93,8 @@ class Estimates:
         with self._blamed(spec):
             return self.task.gradient.diagnostics(self.gradient_sums[spec.name], spec, samples=self.statistics.samples)
 
-    @property
-    def _named(self) -> str:
-        return _named_gradient(self.task)
-
     def _blamed(self, spec: LayerSpec) -> AbstractContextManager[None]:
-        return blamed(self._named, f" on layer {spec.name}")
+        return self.task.blamed("gradient", f" on layer {spec.name}")
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,7 @@ def forward_gradients(
         PluginError: The estimator raised.
     """
     generator = torch.Generator().manual_seed(seed)
-    with blamed(_named_gradient(task)), LowRankProbe(task, batches, note) as probe:
+    with task.blamed("gradient"), LowRankProbe(task, batches, note) as probe:
         return task.gradient.estimate(probe, task.specs, generator=generator)
 
 
@@ -225,11 +220,10 @@ def complete(task: CaptureTask, batches: list[Batch]) -> list[Batch]:
     objective = task.objective
     if type(objective).complete is Objective.complete:
         return batches
-    origin = task.origins.get("objective", "unknown distribution")
     # Processes that gather each other's weights run everything alike.
     shared = task.world.size > 1 and not has_sharded_parts(task.model)
     mine = [batch for _, batch in task.share(batches).batches] if shared else batches
-    with prepared(task.model), task.base_only(), torch.no_grad(), blamed(f"objective {objective.name!r} ({origin})"):
+    with prepared(task.model), task.base_only(), torch.no_grad(), task.blamed("objective"):
         found: list[Batch] = [
             to_device(objective.complete(task.model, to_device(batch, task.device)), torch.device("cpu"))
             for batch in mine
@@ -306,7 +300,3 @@ def sample_notes(counts: Tensor) -> list[str]:
     if usable < FEW_SAMPLES:
         notes.append(f"only {usable} samples: the estimate is poor; give at least {FEW_SAMPLES}, better 64")
     return notes
-
-
-def _named_gradient(task: CaptureTask) -> str:
-    return f"gradient {task.gradient.name!r} ({task.origins.get('gradient', 'unknown distribution')})"

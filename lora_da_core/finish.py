@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from lora_da_core.capture import Progress
-from lora_da_core.components import Components
+from lora_da_core.components import Setup
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.estimation import Estimates, Job
 from lora_da_core.omega import WeightStep, fixed_factors, of_norm, stable_factors, unit_step
 from lora_da_core.passes import Names
-from lora_da_core.registry import Registry
 from lora_da_core.rounds import Keep, Record, Round, Rounds, keep_nothing, population
 from lora_da_core.scale import SURE
 from lora_da_core.sizing import Sizing
@@ -30,9 +29,7 @@ class Finish:
     """Makes the result of one run.
 
     Args:
-        registry: The installed plugins.
-        components: The pipeline's.
-        config: The pipeline's.
+        setup: The pipeline's.
         job: What is estimated: all layers at the ranks and scalings that are wanted.
         on_progress: Told of each phase's progress.
         keep: Where the first round's estimates outlive the process.
@@ -40,17 +37,15 @@ class Finish:
 
     def __init__(
         self,
-        registry: Registry,
-        components: Components,
-        config: LoraDAConfig,
+        setup: Setup,
         job: Job,
         on_progress: Progress | None,
         keep: Keep = keep_nothing,
     ) -> None:
-        self.registry, self.components, self.config, self.job = registry, components, config, job
-        self.on_progress = on_progress
+        self.setup, self.config, self.job, self.on_progress = setup, setup.config, job, on_progress
         self.record = Record([*job.notes])
-        self.rounds = Rounds(registry, components, config, job.task.specs, self.record, on_progress, keep)
+        parts = (setup.registry, setup.components, setup.config)
+        self.rounds = Rounds(*parts, job.task.specs, self.record, on_progress, keep)
 
     def solved_again(self, estimates: Estimates) -> LoraDAResult:
         """All phases after the first round's estimation.
@@ -91,7 +86,7 @@ class Finish:
         self.record.notes += _start_notes(self.config)
         reports = [_layer_report(spec, rounds[-1], factors[spec.name]) for spec in first.specs]
         for report in reports:
-            for fault in self.registry.layer_finished(report.name, report):
+            for fault in self.setup.registry.layer_finished(report.name, report):
                 logger.warning("%s", fault)
         stored = adapter.as_stored(self.job.task.specs, factors, self.config.seed)
         return LoraDAResult(stored, self._report(reports, rounds, scale))
@@ -111,7 +106,7 @@ class Finish:
                 steps = {name: of_norm(step, 1 / gamma) for name, step in steps.items()}
             sizing = Sizing(job.task, job.batches, dtypes, self.record.note, self.on_progress)
             found = sizing.divided(steps, self.config.balance)
-        foreign = self.config.pairing != "same" or not self.components.gradient.follows_loss
+        foreign = self.config.pairing != "same" or not self.setup.components.gradient.follows_loss
         if self.config.offset == "none" and foreign and any(bool(pair.B.any()) for pair in found.values()):
             self.record.note(
                 "the method starts at the base's function, which this adapter changes by scaling·B·A: "
@@ -156,8 +151,8 @@ class Finish:
         packages = ("lora-da-core", "torch", "transformers", "peft")
         return RunReport(
             layers=tuple(layers),
-            components=self.components.names(),
-            options=self.components.options(),
+            components=self.setup.components.names(),
+            options=self.setup.components.options(),
             config=asdict(replace(self.config, population=population(self.config, first.samples))),
             samples=sum(each.samples for each in rounds),
             label_tokens=sum(each.label_tokens for each in rounds),

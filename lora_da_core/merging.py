@@ -45,12 +45,11 @@ class Merger:
         """
         if self._world.size == 1:
             return own
-        counts = [own.samples, own.label_tokens, own.loss_sum, {n: layer.tokens for n, layer in own.layers.items()}]
-        told = self._world.exchange("counts", counts)
+        counted, counts = own.counts_of_all(self._world)
         groups: dict[str, InputGroup] = {}
         layers: dict[str, LayerStatistics] = {}
         for name, layer in own.layers.items():
-            tokens = sum(theirs[3][name] for theirs in told)
+            tokens = counted[name]
             if layer.group is None:
                 layers[name] = LayerStatistics(layer.spec, layer.fisher, layer.gradient, None, tokens)
                 continue
@@ -63,8 +62,7 @@ class Merger:
             gradient = self._sums("gradient", name, layer.gradient) if wanted and layer.gradient else None
             layers[name] = LayerStatistics(layer.spec, fisher, gradient, groups[leader], tokens)
         self._world.add("sums", self._adding)
-        samples, labels = (sum(theirs[place] for theirs in told) for place in range(2))
-        return Statistics(layers, samples, labels, sum(theirs[2] for theirs in told))
+        return Statistics(layers, **counts)
 
     def _sums(self, kind: str, layer: str, accumulator: Accumulator) -> Accumulator:
         with blamed(kind, f" on layer {layer}"):

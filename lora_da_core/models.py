@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_da_core.errors import ModelError, OptionError
-from lora_da_core.sources import is_kind, local_path, looks_like_path, nearby, reason
+from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, nearby, reason
 
 _SUFFIXES = (".gguf",)
 
@@ -199,6 +199,21 @@ def load_shapes(
         name = str(precision).removeprefix("torch.")
         notes = (f"The checkpoint is quantized; its weights are counted in {name}, so the peak is too high.",)
     return ModelShapes(model.eval(), chosen, precision, notes)
+
+
+def waits_for(source: str | Path) -> tuple[str, ...]:
+    """What to say before a model or its shapes are looked for: what is waited for.
+
+    Args:
+        source: As `load_model` takes it.
+
+    Returns:
+        A sentence; none of a directory.
+    """
+    path = local_path(source)
+    if path.suffix.lower() in _SUFFIXES and is_kind(path, "file"):
+        return (f"reading the header of '{source}', which holds the vocabulary: this can take a quarter of a minute",)
+    return asked_of_hub("model", source, _SUFFIXES)
 
 
 def _location(source: str | Path, trust_remote_code: bool) -> dict[str, Any]:

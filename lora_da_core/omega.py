@@ -161,7 +161,7 @@ def fixed_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraF
         A (r, in) and B (out, r).
     """
     root = gamma**-0.5
-    return _stored(solution.basis.mT * root, solution.projected * root, dtype)
+    return _factors(solution.basis.mT * root, solution.projected * root, dtype)
 
 
 def stable_factors(solution: Subspace, gamma: float, dtype: torch.dtype) -> LoraFactors:
@@ -192,9 +192,8 @@ def paired(solution: Subspace, pairing: Pairing) -> Subspace:
     Returns:
         Of rank r; the columns of `projected` have unit norm, and 0 where there is no direction.
     """
-    u, values, vh = svd(solution.projected, "a layer's step")
-    present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
-    right, left, rank = solution.basis @ vh.mT, u * present, solution.basis.shape[1] // 2
+    left, vh = _directions(solution)
+    right, rank = solution.basis @ vh.mT, solution.basis.shape[1] // 2
     first, second = slice(None, rank), slice(rank, None)
     if pairing == "right_first":
         return replace(solution, basis=right[:, first], projected=left[:, second])
@@ -228,9 +227,15 @@ def unit_step(solution: Subspace, spectrum: Spectrum) -> WeightStep:
     """
     if spectrum == "kept":
         return WeightStep(solution.projected, solution.basis)
+    left, vh = _directions(solution)
+    return WeightStep(left @ vh, solution.basis)
+
+
+def _directions(solution: Subspace) -> tuple[Tensor, Tensor]:
+    """Of a step, the left singular vectors (out, r), 0 where there is none, and the right ones' Vᵀ (r, r)."""
     u, values, vh = svd(solution.projected, "a layer's step")
     present = values > torch.finfo(values.dtype).eps * len(u) * values[:1]
-    return WeightStep((u * present) @ vh, solution.basis)
+    return u * present, vh
 
 
 def of_norm(step: WeightStep, norm: float) -> WeightStep:
@@ -312,7 +317,7 @@ def balanced_factors(step: WeightStep, scaling: float, a_scale: float, dtype: to
     Returns:
         A (r, in) and B (out, r).
     """
-    return _stored(step.right.mT * a_scale, step.left / (scaling * a_scale), dtype)
+    return _factors(step.right.mT * a_scale, step.left / (scaling * a_scale), dtype)
 
 
 def evenly_divided_factors(step: WeightStep, scaling: float, dtype: torch.dtype) -> LoraFactors:
@@ -330,8 +335,8 @@ def evenly_divided_factors(step: WeightStep, scaling: float, dtype: torch.dtype)
     if not bool(values.any()) or len(values) < step.right.shape[1]:
         return balanced_factors(step, scaling, DEFAULT_A_SCALE, dtype)
     roots = values.clamp(min=LEAST_SHARE * float(values[0])).sqrt()
-    return _stored(roots.unsqueeze(1) * (vh @ step.right.double().mT), u * (values / roots), dtype)
+    return _factors(roots.unsqueeze(1) * (vh @ step.right.double().mT), u * (values / roots), dtype)
 
 
-def _stored(a: Tensor, b: Tensor, dtype: torch.dtype) -> LoraFactors:
+def _factors(a: Tensor, b: Tensor, dtype: torch.dtype) -> LoraFactors:
     return LoraFactors(a.to(dtype).contiguous(), b.to(dtype).contiguous())

@@ -19,7 +19,7 @@ from lora_da_core.budget import plan_note, plan_within, stored, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
-from lora_da_core.components import Components
+from lora_da_core.components import Components, Setup
 from lora_da_core.config import NO_ALLOCATOR, ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.display import html_table
 from lora_da_core.distributed import joined
@@ -28,6 +28,7 @@ from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
 from lora_da_core.function_objective import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
+from lora_da_core.memory.workload import parse_size
 from lora_da_core.memory.workspace import Measured
 from lora_da_core.model_state import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
@@ -109,6 +110,10 @@ class Pipeline:
         self.measured: dict[Any, Measured] = {}
         """What plans have found the components to take on small layers, which is the same for every model."""
 
+    @property
+    def _setup(self) -> Setup:
+        return Setup(self.registry, self.components, self.config)
+
     def __repr__(self) -> str:
         names = ", ".join(f"{kind}={name!r}" for kind, name in self.components.names().items())
         return f"Pipeline({names}, config={self.config!r})"
@@ -156,12 +161,13 @@ class Pipeline:
             OptionError: No division keeps within the limit, or a cache is given and the objective is a plain function.
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
+        limit = _limit(max_memory)
         with self._world(world) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
-            job, parts = self._divided(model, job, peft_config, adapter_name, max_memory, offload_dir)
-            return Finish(self.registry, self.components, self.config, job, on_progress, keep).result(parts)
+            job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
+            job, parts = self._divided(model, job, peft_config, adapter_name, limit, offload_dir)
+            return Finish(self._setup, job, on_progress, keep).result(parts)
 
     def _divided(
         self,
@@ -169,7 +175,7 @@ class Pipeline:
         job: Job,
         peft_config: LoraConfig | None,
         adapter_name: str,
-        max_memory: int | str | None,
+        max_memory: int | None,
         offload_dir: Path | str | None,
     ) -> tuple[Job, Sequence[Names]]:
         """The layers of each part, and the job with the place of its sums and what is to be said of the plan."""
@@ -231,7 +237,7 @@ class Pipeline:
         with self._world(None) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
-            job = job_of(self.registry, self.components, self.config, model, batches, peft_config, adapter_name, shared)
+            job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
             job = stored(job, self.config.statistics_device, offload_dir)
             task, first = job.task, job.batches
             found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
@@ -302,12 +308,12 @@ class Pipeline:
             specs = adapter.resolve_targets(made.model, peft_config, unsupported=self.config.unsupported).specs
         if {spec.name for spec in specs} != {spec.name for spec in made.specs}:
             raise OptionError("the LoRA configuration adapts other layers than were estimated; estimate again.")
-        check_ranks(self.registry, self.components, self.config, made.model, specs)
+        check_ranks(self._setup, made.model, specs)
         check_tokens(specs, estimates.statistics)
         with self._world(None) as shared:
             task, more = replace(made, specs=specs, world=shared), (estimates.later, estimates.unseen)
             job = Job(task, estimates.batches, estimates.notes, *more)
-            finish = Finish(self.registry, self.components, self.config, job, shared.watched(on_progress))
+            finish = Finish(self._setup, job, shared.watched(on_progress))
             return finish.solved_again(estimates)
 
     def fishers(self, estimates: Estimates, *, damping: float | None = None) -> dict[str, LayerFisher]:
@@ -343,3 +349,11 @@ class Pipeline:
         changed = self.config.changed()
         settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
         return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
+
+
+def _limit(max_memory: int | str | None) -> int | None:
+    """A limit of memory in bytes; what is no size is refused by the argument's name."""
+    try:
+        return parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    except OptionError as error:
+        raise OptionError(f"max_memory: {error}") from error

@@ -13,12 +13,10 @@ from lora_da_core.agreement import agree
 from lora_da_core.allocation import Allocation
 from lora_da_core.batches import divided, first_samples, label_counts
 from lora_da_core.capture import CaptureTask
-from lora_da_core.components import Components
-from lora_da_core.config import LoraDAConfig
+from lora_da_core.components import Setup
 from lora_da_core.errors import DataError, OptionError
 from lora_da_core.estimation import Job, complete, sample_notes
 from lora_da_core.model_state import check_model, quantization_notes
-from lora_da_core.registry import Registry
 from lora_da_core.repeatability import order_notes
 from lora_da_core.sizing import SEARCH_SAMPLES
 from lora_da_core.types import Batch, LayerSpec
@@ -31,9 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def job_of(
-    registry: Registry,
-    components: Components,
-    config: LoraDAConfig,
+    setup: Setup,
     model: nn.Module,
     batches: Iterable[Batch],
     peft_config: LoraConfig | None,
@@ -43,9 +39,7 @@ def job_of(
     """What a run is to estimate, checked: every fault that shows before work is told here.
 
     Args:
-        registry: The installed plugins.
-        components: The pipeline's.
-        config: The pipeline's.
+        setup: The pipeline's.
         model: As `Pipeline.run` takes it.
         batches: As `Pipeline.run` takes them.
         peft_config: As `Pipeline.run` takes it.
@@ -60,13 +54,14 @@ def job_of(
     """
     from lora_da_core import adapter
 
+    config, components = setup.config, setup.components
     check_model(model)
     if not isinstance(batches, Iterable):
         raise DataError(f"the data is a {type(batches).__name__}; give an iterable of batches, such as a DataLoader.")
     lora = adapter.chosen_config(model, peft_config, adapter_name)
     targets = adapter.resolve_targets(model, lora, adapter_name, config.unsupported)
     components.check_layers(targets.specs)
-    check_ranks(registry, components, config, model, targets.specs)
+    check_ranks(setup, model, targets.specs)
     adapter.check_start(model, targets.modules, lora, config.offset)
     taken, unseen = first_samples(batches, config.samples, SEARCH_SAMPLES)
     counts = label_counts(components.objective, taken)
@@ -79,7 +74,7 @@ def job_of(
         gradient=components.gradient,
         token_mask=config.token_mask,
         base_only=partial(adapter.adapters_disabled, model),
-        origins=components.origins(registry),
+        origins=components.origins(setup.registry),
         world=world,
     )
     if world.size > 1:
@@ -97,15 +92,11 @@ def job_of(
     return Job(task, first, notes, later, unseen)
 
 
-def check_ranks(
-    registry: Registry, components: Components, config: LoraDAConfig, model: nn.Module, specs: Sequence[LayerSpec]
-) -> None:
+def check_ranks(setup: Setup, model: nn.Module, specs: Sequence[LayerSpec]) -> None:
     """Refuses what no allocation can serve, before any work.
 
     Args:
-        registry: The installed plugins.
-        components: The pipeline's.
-        config: The pipeline's.
+        setup: The pipeline's.
         model: As `Pipeline.run` takes it.
         specs: The layers at their ranks.
 
@@ -114,7 +105,7 @@ def check_ranks(
     """
     from lora_da_core import adapter
 
-    allocator = components.allocator
+    config, allocator = setup.config, setup.components.allocator
     if config.pairing != "same":
         if allocator is not None:
             raise OptionError(f"allocator {allocator.name!r} and pairing={config.pairing!r} do not go together.")
@@ -131,4 +122,4 @@ def check_ranks(
             f"allocator {allocator.name!r} changes ranks, which an adapter that is there already has fixed; give "
             "the base model to get_lora_da_model."
         )
-    Allocation(registry, allocator, specs)
+    Allocation(setup.registry, allocator, specs)

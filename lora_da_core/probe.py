@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
-from lora_da_core.blame import blamed, is_out_of_memory, reason_of
+from lora_da_core.blame import is_out_of_memory, reason_of
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
 from lora_da_core.interfaces import LossProbe
@@ -61,14 +61,13 @@ class LowRankProbe(LossProbe):
         self._stack.close()
 
     def _changed(self, call: Call) -> Tensor:
-        output, name = call.output, call.layer
         if self._look is not None:
             self._look(call)
-        for change in (self._task.changes.get(name), self._changes.get(name)):
-            if change is not None:
-                kind = KINDS[self._specs[name].kind]
-                output = kind.changed(self._task.modules[name], output, call.inputs, change)
-        return output
+        name = call.layer
+        output, change = self._task.output_of(call, self._specs[name]), self._changes.get(name)
+        if change is None:
+            return output
+        return KINDS[self._specs[name].kind].changed(self._task.modules[name], output, call.inputs, change)
 
     def losses(self, changes: Mapping[str, LinearMap]) -> Tensor:
         self._changes = changes
@@ -100,12 +99,8 @@ class LowRankProbe(LossProbe):
         return {name: (sum(each[name][0] for each in told), sum(each[name][1] for each in told)) for name in total}
 
     def _losses_of(self, batch: Batch) -> Tensor:
-        objective, origin = self._task.objective, self._task.origins.get("objective", "unknown distribution")
-        with (
-            torch.no_grad(),
-            blamed(f"objective {objective.name!r} ({origin})", " in a forward pass of the loss probe"),
-        ):
-            return objective.losses(self._task.model, to_device(batch, self._task.device))
+        with torch.no_grad(), self._task.blamed("objective", " in a forward pass of the loss probe"):
+            return self._task.objective.losses(self._task.model, to_device(batch, self._task.device))
 
     def _energies_of(self, bases: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in bases}

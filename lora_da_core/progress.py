@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -14,11 +14,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 LINES_PER_PHASE: Final = 10
 """Most lines that a phase writes where there is no terminal."""
@@ -48,6 +50,15 @@ class LiveProgress:
         self._finish_unbounded()
 
 
+class Counts(MofNCompleteColumn):
+    """`3/7`, or `3 so far` where nobody knows how many there will be."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(f"{int(task.completed)} so far", style="progress.download")
+        return super().render(task)
+
+
 @dataclass
 class _Phase:
     started: float
@@ -75,7 +86,7 @@ class PlainProgress:
         state.lines += 1
         passed = self._clock() - state.started
         if total == 0:
-            self._write(f"{phase}: {done} done, {passed:.1f} s")
+            self._write(f"{phase}: {done} so far, {passed:.1f} s")
         elif done < total and passed > 0:
             # The first step is not in `passed`: the phase was first heard of when that step had ended.
             left = f", about {passed / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
@@ -104,6 +115,13 @@ def note(console: Console, text: str, *, kind: str = "note") -> None:
     console.print(f"{kind}: {' '.join(text.split())}", markup=False, highlight=False, soft_wrap=True)
 
 
+def tell(sentences: Iterable[str]) -> None:
+    """Writes notes to stderr, for a command that shows no other progress yet."""
+    console = Console(stderr=True)
+    for sentence in sentences:
+        note(console, sentence)
+
+
 @contextmanager
 def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """Shows a run's progress, and this package's notes and warnings as they come.
@@ -125,7 +143,7 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
             columns = (
                 TextColumn("{task.description:<10}"),
                 BarColumn(),
-                MofNCompleteColumn(),
+                Counts(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_da_core.batches import labelled_part, take_rows, to_device
-from lora_da_core.blame import blamed
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
 from lora_da_core.model_state import prepared
@@ -63,7 +62,7 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
         PluginError: The objective raised.
         ModelError: The model's weights are on several devices, and nothing moves what passes between them.
     """
-    objective, origin = task.objective, task.origins.get("objective", "unknown distribution")
+    objective = task.objective
     parts = ((number, labelled_part(objective, batch)) for number, batch in enumerate(batches))
     number, part = next((number, part) for number, part in parts if part is not None)
     few = to_device(take_rows(part, torch.arange(min(CHECKED_SAMPLES, len(part["labels"])))), task.device)
@@ -71,7 +70,7 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
         prepared(task.model),
         task.base_only(),
         torch.set_grad_enabled(task.needs_backward),
-        blamed(f"objective {objective.name!r} ({origin})", f" in batch {number}"),
+        task.blamed("objective", f" in batch {number}"),
         _scattered_weights_named(task.model),
     ):
         first, second = (_detached(objective.losses(task.model, few)) for _ in range(2))

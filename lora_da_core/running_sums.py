@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_da_core.errors import TargetError
 from lora_da_core.interfaces import Accumulator
 from lora_da_core.types import FisherStatistics, LayerSpec
+from lora_da_core.world import World
 
 
 class StoredSums(Accumulator):
@@ -73,6 +74,17 @@ class Statistics:
     samples: int = 0
     label_tokens: int = 0
     loss_sum: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What is counted of the samples, by the names of fields."""
+        return {"samples": self.samples, "label_tokens": self.label_tokens, "loss_sum": self.loss_sum}
+
+    def counts_of_all(self, world: World) -> tuple[dict[str, int], dict[str, Any]]:
+        """Tokens by layer and `counts`, added over the processes, which all ask alike and know of the same layers."""
+        told = world.exchange("counts", [{name: layer.tokens for name, layer in self.layers.items()}, self.counts])
+        tokens = {name: sum(theirs[0][name] for theirs in told) for name in self.layers}
+        return tokens, {name: sum(theirs[1][name] for theirs in told) for name in self.counts}
 
     def tokens_of(self, name: str) -> int:
         """How many tokens of a layer count for the Fisher; 0 where it never ran."""

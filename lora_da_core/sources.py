@@ -54,13 +54,43 @@ def reason(error: BaseException) -> str:
     >>> reason(ConnectionRefusedError("Connection refused"))
     'the network cannot be reached: Connection refused.'
     """
-    while (cause := _cause(error)) is not None:
-        error = cause
+    error = _innermost(error)
     lines = str(error).strip().splitlines()
     text = lines[0].strip() if lines else type(error).__name__
     if isinstance(error, _UNREACHABLE):
         text = f"the network cannot be reached: {text}"
     return text if text.endswith((".", "!")) else f"{text}."
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether what an error was raised from is that the network cannot be reached."""
+    return isinstance(_innermost(error), _UNREACHABLE)
+
+
+def asked_of_hub(kind: str, source: str | Path, suffixes: Collection[str]) -> tuple[str, ...]:
+    """What to say before a source is looked for, which takes long where the network is dead; nothing of a path.
+
+    >>> asked_of_hub("model", "./here", [".gguf"])
+    ()
+
+    Args:
+        kind: What it is a source of.
+        source: What the user wrote.
+        suffixes: Suffixes of the files that are read, lower case.
+
+    Returns:
+        A sentence, or none.
+    """
+    path = local_path(source)
+    if is_kind(path, "file") or is_kind(path, "directory") or looks_like_path(str(source), suffixes):
+        return ()
+    return (f"looking for {kind} '{source}' on the hub; without a network, giving up can take a minute",)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while (cause := _cause(error)) is not None:
+        error = cause
+    return error
 
 
 def _cause(error: BaseException) -> BaseException | None:

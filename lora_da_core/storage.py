@@ -24,8 +24,8 @@ from lora_da_core.types import LayerReport, RunReport
 
 REPORT_FILE = "lora_da_report.json"
 SETTINGS_FILE = "lora_da_config.json"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-"""What PEFT writes beside an adapter's weights."""
+ADAPTER_CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT writes of an adapter."""
 LARGEST_JSON = 2**26
 """Bytes of the largest report or settings that are read; those of a thousand layers have two million."""
 
@@ -50,7 +50,7 @@ def check_output(directory: Path, *, overwrite: bool) -> None:
     check_writable(directory)
     if directory.exists():
         # What replaces it is written beside it.
-        _try_writing(directory.absolute().parent, f"{directory} cannot be replaced")
+        _try_writing(directory.absolute().parent, f"{directory} cannot be replaced: ")
     settle_leftovers(directory)
     if directory.exists() and any(directory.iterdir()):
         if not overwrite:
@@ -365,15 +365,15 @@ def check_writable(directory: Path) -> None:
         parent = next(parent for parent in parents if parent.exists())
     except (OSError, ValueError) as error:  # a name that the file system does not take
         raise StorageError(f"{directory} cannot be created: {error}") from error
-    _try_writing(parent, f"{directory} cannot be created")
+    _try_writing(parent, "" if parent == parents[0] else f"{directory} cannot be created: ")
 
 
-def _try_writing(parent: Path, fault: str) -> None:
+def _try_writing(parent: Path, consequence: str) -> None:
     """Asked by doing, as permissions do not tell that a file system takes no directories."""
     try:
         Path(tempfile.mkdtemp(prefix=".lora-da-", dir=parent)).rmdir()
     except OSError as error:
-        raise StorageError(f"{fault}: {parent} is not writable.") from error
+        raise StorageError(f"{consequence}{parent} is not writable; give another directory.") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, what is done and what there is to do; 0 where nobody knows how much that is."""
 
 
 class World:

@@ -25,6 +25,7 @@ from lora_da_core.block_trial import PASSES_INSTEAD, fault, obstacle
 from lora_da_core.blocks import find_blocks
 from lora_da_core.budget import within, workload_of
 from lora_da_core.capture import CaptureTask, SweepSettings
+from lora_da_core.components import Setup
 from lora_da_core.finish import Finish
 from lora_da_core.memory import Plan, activations
 from lora_da_core.memory.activations import BatchShape
@@ -585,8 +586,9 @@ def test_a_sweep_takes_what_is_planned(settings: dict[str, Any], share: float) -
     assert plan.schedule == "blocks" and len(plan.parts) > 1
 
     def run() -> None:
-        job = job_of(pipeline.registry, pipeline.components, pipeline.config, model, batches, lora, "default", ALONE)
-        Finish(pipeline.registry, pipeline.components, pipeline.config, within(plan, job), None).result(plan.parts)
+        setup = Setup(pipeline.registry, pipeline.components, pipeline.config)
+        job = job_of(setup, model, batches, lora, "default", ALONE)
+        Finish(setup, within(plan, job), None).result(plan.parts)
 
     run()  # what is made once and stays
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

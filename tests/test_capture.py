@@ -19,6 +19,7 @@ from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, capture
 from lora_da_core.adapter import resolve_targets
 from lora_da_core.capture import CaptureTask, Statistics
+from lora_da_core.capture.first_look import single_uses
 from lora_da_core.config import ComponentChoice
 
 Watch = Callable[[nn.Module], None]
@@ -253,12 +254,8 @@ def test_forward_only_statistics_equal_those_of_a_backward_run_and_inputs_do_not
         task = CaptureTask(
             model, targets.modules, targets.specs, parts.objective, parts.estimator, parts.gradient, "attention"
         )
-        run = capture.Run(task, torch.Generator())
         if label == "forward":
-            assert not task.needs_backward
-            with run.taps():
-                run.find_single_uses(batches)
-            assert run._single_uses == {"once"}
+            assert not task.needs_backward and single_uses(task, batches) == {"once"}
         found[label] = capture.collect(task, batches, generator=torch.Generator())
     for name in ("once", "twice"):
         theirs = found["backward"].of_layer(name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -23,7 +24,7 @@ from lora_da_core.cli_init_options import InitOptions
 from lora_da_core.cli_options import module_names
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import ModelError, OptionError
-from lora_da_core.progress import LINES_PER_PHASE, PlainProgress, shown_progress
+from lora_da_core.progress import LINES_PER_PHASE, Counts, LiveProgress, PlainProgress, shown_progress
 from lora_da_core.registry import Registry
 
 ROWS = 24
@@ -264,7 +265,9 @@ def test_init_says_what_it_assumed_and_shows_the_report(world):
     assert f"note: N = {ROWS}, the rows of the data set" in outcome.stderr
     assert "solve: 4/4" in outcome.stderr
     assert "10 samples" in outcome.stdout and "4 of 4 converged" in outcome.stdout
-    assert outcome.stdout.splitlines()[-1] == "saved to shown"
+    assert outcome.stdout.splitlines()[-1] == (
+        "saved to shown; to read it: lora-da inspect shown; to check it: lora-da verify shown"
+    )
     report = storage.read_report(world / "shown")
     assert report.samples == 10 and report.config["population"] == ROWS
     assert any("N = 24" in sentence for sentence in report.notes)
@@ -542,6 +545,25 @@ def test_plan_of_a_missing_model_is_one_error_line(shapes):
     assert outcome.stderr.startswith("error: model './nowhere' does not exist") and outcome.stderr.count("\n") == 1
 
 
+def test_what_a_plan_waits_for_is_said_but_not_beside_json(world):
+    (world / "large.gguf").write_bytes(b"not a model")
+    told, silent = (run(world, "plan", "--model", "large.gguf", *more) for more in ((), ("--json",)))
+    assert told.stderr.startswith("note: reading the header of 'large.gguf', which holds the vocabulary")
+    assert silent.stderr.startswith("error: ") and silent.exit_code == told.exit_code == 1
+
+
+def test_init_says_that_it_asks_the_hub_and_asks_once_where_there_is_no_network(world, monkeypatch):
+    def refused(*args, **kwargs):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refused)
+    monkeypatch.setattr(lora_da_core.models, "load_model", lambda *args, **kwargs: pytest.fail("it was asked again"))
+    outcome = run(world, "init", "--model", "some/model", "--data", "data.jsonl", "--output", "new")
+    first, last = outcome.stderr.splitlines()
+    assert outcome.exit_code == 1 and first.startswith("note: looking for model 'some/model' on the hub; ")
+    assert "the network cannot be reached: Name or service not known." in last
+
+
 # plugins, help, options
 
 
@@ -666,7 +688,16 @@ def test_plain_progress_without_a_total_stays_short():
     progress = PlainProgress(lines.append, clock=lambda: 0.0)
     for done in range(1, 5000):
         progress("scale", done, 0)
-    assert [line.split()[1] for line in lines] == [str(2**power) for power in range(LINES_PER_PHASE)]
+    assert lines == [f"scale: {2**power} so far, 0.0 s" for power in range(LINES_PER_PHASE)]
+
+
+def test_a_bar_without_a_total_counts_and_does_not_ask():
+    console = Console(width=100)
+    bars = Progress(Counts(), console=console)
+    LiveProgress(bars)("scale", 4, 0)
+    with console.capture() as shown:
+        console.print(bars)
+    assert shown.get().strip() == "4 so far"
 
 
 def test_terminal_gets_bars_with_counts(tmp_path):

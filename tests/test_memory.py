@@ -404,6 +404,11 @@ def test_wrong_limits_are_refused(settings, message):
         plan_of(pipeline(), **settings)
 
 
+def test_a_run_refuses_a_limit_without_a_unit_by_its_name_before_it_reads_anything():
+    with pytest.raises(OptionError, match=r"^max_memory: '12' is no size of memory; write a number"):
+        pipeline().run(llama(), iter(lambda: pytest.fail("data were read"), None), lora(), max_memory="12")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

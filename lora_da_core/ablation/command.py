@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_da_core.cli_options import ExitCode
 from lora_da_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def ablate(options: AblateOptions) -> None:
     failed = sum(record["status"] == FAILED for record in records)
     typer.echo(f"{len(records)} cells, {failed} failed; report: {options.output / HTML}")
     if failed == len(records):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _tell(record: Record, done: int, total: int) -> None:

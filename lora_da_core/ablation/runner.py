@@ -16,8 +16,10 @@ from lora_da_core.ablation.grid import Grid, Group, make_grid, read_grid
 from lora_da_core.ablation.grid_cell import Cell
 from lora_da_core.ablation.processes import ProcessPool
 from lora_da_core.ablation.results import DONE, RESULTS, RUN, Record, Results, locked, write_parquet, write_run
-from lora_da_core.errors import OptionError, StorageError
+from lora_da_core.cli_options import places_checked
+from lora_da_core.errors import OptionError
 from lora_da_core.registry import Registry
+from lora_da_core.storage import check_writable
 
 LOCAL: Final = "local"
 RAY: Final = "ray"
@@ -71,8 +73,8 @@ def run_grid(
         The records of this grid's cells.
 
     Raises:
-        OptionError: The grid or an argument is wrong; nothing was loaded.
-        StorageError: The directory cannot be used.
+        OptionError: The grid or an argument is wrong, or the directory cannot be written; nothing was loaded.
+        StorageError: Another run writes to the directory, or what it holds is damaged or of data that have changed.
         LoraDAError: The model or the data cannot be loaded, or the Ray cluster cannot be joined.
     """
     from lora_da_core.ablation.report import write_report
@@ -80,7 +82,8 @@ def run_grid(
     checked = _grid(grid)
     _check(checked, executor, jobs)
     directory = Path(output)
-    _prepare(directory)
+    _check_directory(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     with locked(directory):
         results = Results(directory)
         results.drop_torn_line()
@@ -109,7 +112,7 @@ def plan(
     jobs: int = 1,
     retry_failed: bool = False,
 ) -> Plan:
-    """What `run_grid` would do; nothing is loaded or written.
+    """What `run_grid` would do; nothing is loaded, and nothing is left behind.
 
     Args:
         grid: As `run_grid` takes it.
@@ -122,10 +125,11 @@ def plan(
         The plan.
 
     Raises:
-        OptionError: The grid or an argument is wrong.
+        OptionError: As `run_grid`.
     """
     checked, results = _grid(grid), Results(Path(output))
     _check(checked, executor, jobs)
+    _check_directory(results.directory)
     groups = checked.groups(without=_finished(results, retry_failed))
     left = sum(len(group.cells) for group in groups)
     records = [record for record in results.read() if record["status"] == DONE]
@@ -149,16 +153,12 @@ def _check(grid: Grid, executor: str, jobs: int) -> None:
         ray_actors.check(grid.run)
 
 
-def _prepare(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise OptionError(f"{directory} is a file; give a directory.")
+def _check_directory(directory: Path) -> None:
+    with places_checked():
+        check_writable(directory)
     files = [path.name for path in directory.iterdir()] if directory.exists() else []
     if any(not name.startswith(".") for name in files) and not {RESULTS, RUN} & set(files):
         raise OptionError(f"{directory} holds something that is not a grid's results; give another directory.")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{directory} cannot be created: {error}") from error
 
 
 def _finished(results: Results, retry_failed: bool) -> set[str]:

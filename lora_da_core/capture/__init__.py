@@ -7,126 +7,31 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_da_core.batches import labelled_part, take_rows, to_device
-from lora_da_core.blame import blamed
-from lora_da_core.custody import Custody, KeptSums
+from lora_da_core.batches import labelled_part, to_device
+from lora_da_core.capture.first_look import loss_scale, single_uses
+from lora_da_core.capture.task import CaptureTask, ComponentKind, HiddenStates, SweepSettings
+from lora_da_core.custody import KeptSums
 from lora_da_core.errors import ModelError, PluginError, TargetError
-from lora_da_core.interfaces import Accumulator, Component, FisherEstimator, GradientEstimator, Objective
+from lora_da_core.interfaces import Accumulator
 from lora_da_core.layer_kinds import KINDS, Call, watched
-from lora_da_core.loss_scale import find_loss_scale
 from lora_da_core.merging import Merger
 from lora_da_core.model_state import first_non_finite_module, prepared, recomputing
-from lora_da_core.operators import LinearMap, accumulation_dtype
-from lora_da_core.placement import (
-    execution_device,
-    has_sharded_parts,
-    model_device,
-    offload_hook,
-    offloaded_weights_reloaded,
-)
+from lora_da_core.placement import is_offloaded, offloaded_weights_reloaded
 from lora_da_core.running_sums import InputGroup, LayerStatistics, Statistics
-from lora_da_core.shares import Share, even_share, share_of
-from lora_da_core.sums_storage import SumsStorage
+from lora_da_core.shares import Share, share_of
 from lora_da_core.taps import InputRecord, Places, Tap, TokenLedger, Use
-from lora_da_core.types import Batch, LayerSpec, TokenMask
-from lora_da_core.world import ALONE, World
+from lora_da_core.types import Batch, LayerSpec
+from lora_da_core.world import Progress
 
-HiddenStates = Literal["device", "host"]
-"""Where hidden states lie while parts of blocks are run again."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a phase's name, what is done and what there is to do."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """How parts of blocks are run in one sweep over the data, in the place of a pass for each.
-
-    Attributes:
-        hidden_states: Where hidden states lie meanwhile.
-        head_alone: Whether what follows the blocks is run before the first part; else together with it.
-    """
-
-    hidden_states: HiddenStates = "device"
-    head_alone: bool = False
-
-
-@dataclass(frozen=True)
-class CaptureTask:
-    """What to run: the model, the layers' modules by name, and the components that define the statistics."""
-
-    model: nn.Module
-    modules: Mapping[str, nn.Module]
-    specs: Sequence[LayerSpec]
-    """The layers whose statistics are taken."""
-    objective: Objective[Any]
-    estimator: FisherEstimator[Any]
-    gradient: GradientEstimator[Any]
-    token_mask: TokenMask
-    base_only: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    """Within it the model computes the base function, whatever adapters it carries."""
-    origins: Mapping[str, str] = field(default_factory=dict)
-    """Distribution and version by kind of component, for error messages."""
-    changes: Mapping[str, LinearMap] = field(default_factory=dict)
-    """By layer, what is added to its weights (out, in) while the model runs; no weight is touched."""
-    beside: Sequence[LayerSpec] = ()
-    """Layers whose statistics other passes take; in this one they run as they do in those."""
-    world: World = ALONE
-    """The processes that share the run; each reads its share of the batches."""
-    custody: Custody | None = None
-    """Which process keeps the sums of which layer; None where every one gets all of them."""
-    storage: SumsStorage | None = None
-    """Where sums lie between updates; None where they stay on their layers' devices."""
-    sweep: SweepSettings | None = None
-    """How parts of the layers are run in one sweep; None where each takes a pass."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches go: where the first of the model's weights are used."""
-        return model_device(self.model)
-
-    def device_of(self, layer: str) -> torch.device:
-        """Where a layer computes, and its sums lie."""
-        return execution_device(self.modules[layer]) or self.device
-
-    def dtype_of(self, spec: LayerSpec) -> torch.dtype:
-        """The dtype of a layer's sums and factors: the larger of float32 and its weights'."""
-        weight = getattr(self.modules[spec.name], spec.parameter, None)
-        return accumulation_dtype(weight.dtype if isinstance(weight, Tensor) else torch.float32)
-
-    def kept(self, sums: Accumulator) -> Accumulator:
-        """Sums where they lie between updates."""
-        return sums if self.storage is None else self.storage.keep(sums)
-
-    def share(self, batches: Sequence[Batch]) -> Share:
-        """This process's share of batches; processes that gather each other's weights run equally many."""
-        if self.world.size == 1 or not has_sharded_parts(self.model):
-            return share_of(batches, self.world.rank, self.world.size)
-        parts = [labelled_part(self.objective, batch) for batch in batches]
-        return even_share([part for part in parts if part is not None], self.world.rank, self.world.size)
-
-    def ledger(self, part: Batch) -> TokenLedger:
-        """For a forward pass that only looks: whose tokens are seen, and which count."""
-        specs = {spec.name: spec for spec in self.specs}
-
-        def mask_of(name: str, tokens: int) -> Tensor:
-            return self.objective.token_mask(part, specs[name], self.token_mask, tokens)
-
-        return TokenLedger(len(part["labels"]), mask_of, self.device)
-
-    @property
-    def needs_backward(self) -> bool:
-        """Whether anything needs output gradients."""
-        return self.estimator.needs_output_grads or not self.gradient.forward_only
+__all__ = ["CaptureTask", "HiddenStates", "Progress", "Run", "SweepSettings", "collect"]
 
 
 def collect(
@@ -154,19 +59,17 @@ def collect(
     share = _share(task, batches)
     done, total = 0, task.estimator.passes * (len(share.batches) + len(share.idle))
     checkpointing = recomputing(task.model) if task.needs_backward else contextlib.nullcontext()
-    with prepared(task.model), task.base_only(), checkpointing, run.taps():
-        if not task.needs_backward:
-            run.find_single_uses(batches)
-        elif any(parameter.dtype == torch.float16 for parameter in task.model.parameters()):
-            run.find_scale(batches)
-        for index in range(task.estimator.passes):
-            with share.draws(generator):
-                for number, batch in [*share.batches, *((None, batch) for batch in share.idle)]:
-                    run.batch(index, number, batch)
-                    done += 1
-                    if on_progress is not None:
-                        on_progress("statistics", done, total)
-            run.end_pass(index)
+    with prepared(task.model), task.base_only(), checkpointing:
+        run.look(batches)
+        with run.taps():
+            for index in range(task.estimator.passes):
+                with share.draws(generator):
+                    for number, batch in [*share.batches, *((None, batch) for batch in share.idle)]:
+                        run.batch(index, number, batch)
+                        done += 1
+                        if on_progress is not None:
+                            on_progress("statistics", done, total)
+                run.end_pass(index)
     return run.merged
 
 
@@ -191,52 +94,20 @@ class Run:
         self.merged = self.statistics
         self.specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
         self._device = task.device
-        self._offloads = any(offload_hook(module) is not None for module in task.model.modules())
+        self._offloads = is_offloaded(task.model)
         self._pass = 0
         self._batch: TokenLedger | None = None
         self._takes_gradient = self._takes_fisher = self._takes_inputs = False
-        self._counting = False
         self._single_uses: frozenset[str] = frozenset()
         self._scale = 1.0
-        self._largest: list[Tensor] | None = None
         self._idle = False
 
-    def find_single_uses(self, batches: Sequence[Batch]) -> None:
-        """Runs one sample forward to see which layers are used once.
-
-        Without a backward pass nothing says when a layer's last use is over, so inputs would have to wait for the
-        batch's end; those of a layer that is used once need not.
-        """
-        part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
-        sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), self._device)
-        self._batch, self._counting = TokenLedger(1, self._mask_of(sample), self._device), True
-        try:
-            with torch.no_grad(), self._blamed("objective"):
-                self.task.objective.losses(self.task.model, sample)
-            self._single_uses = frozenset(name for name, uses in self._batch.uses.items() if uses == 1)
-        finally:
-            self._batch, self._counting = None, False
-
-    def find_scale(self, batches: Sequence[Batch]) -> None:
-        """Chooses what losses are multiplied by, from the first batch: float16 would lose small gradients."""
-        part = next(part for part in (labelled_part(self.task.objective, batch) for batch in batches) if part)
-        on_device, samples = to_device(part, self._device), len(part["labels"])
-
-        def largest_gradient(scale: float) -> float:
-            self._batch, self._largest = TokenLedger(samples, self._mask_of(part), self._device), []
-            try:
-                with torch.enable_grad(), self._weights_reloaded():
-                    with self._blamed("objective"):
-                        losses = self.task.objective.losses(self.task.model, on_device)
-                    if not losses.requires_grad:
-                        return 0.0  # the first batch will tell why
-                    (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
-                found = torch.stack([each.to(self._device) for each in self._largest] or [losses.new_zeros(())])
-                return float(found.max())
-            finally:
-                self._batch, self._largest = None, None
-
-        self._scale = find_loss_scale(largest_gradient)
+    def look(self, batches: Sequence[Batch]) -> None:
+        """Learns of the batches what has to be known before the first pass; no tap may be on the layers."""
+        if not self.task.needs_backward:
+            self._single_uses = single_uses(self.task, batches)
+        elif any(parameter.dtype == torch.float16 for parameter in self.task.model.parameters()):
+            self._scale = loss_scale(self.task, batches)
 
     def _layer(self, spec: LayerSpec) -> LayerStatistics:
         device, dtype = self.task.device_of(spec.name), self.task.dtype_of(spec)
@@ -261,19 +132,15 @@ class Run:
 
     def tap(self, call: Call) -> Tensor:
         """Gives a layer's output on, tapped where its statistics are taken."""
-        name, output, ledger = call.layer, call.output, self._batch
-        kind, module = KINDS[self.specs[name].kind], self.task.modules[name]
-        if name in self.task.changes:
-            output = kind.changed(module, output, call.inputs, self.task.changes[name])
+        name, ledger, spec = call.layer, self._batch, self.specs[call.layer]
+        output = self.task.output_of(call, spec)
         if ledger is None or (self.task.needs_backward and not torch.is_grad_enabled()):
             return output
-        if name not in self.statistics.layers and self._largest is None:
-            # Of another pass; only the scale of losses, which all passes share, is found from all layers.
+        if name not in self.statistics.layers:  # of another pass
             return output
         ledger.uses[name] = ledger.uses.get(name, 0) + 1
-        if self._counting:
-            return output
-        use = Use(name, ledger.input_of(call.inputs, name, kind.reading(module)), call.routed)
+        reading = KINDS[spec.kind].reading(self.task.modules[name])
+        use = Use(name, ledger.input_of(call.inputs, name, reading), call.routed)
         if not self.task.needs_backward:
             self._sink(use, call.inputs.detach(), None)
             return output
@@ -423,10 +290,6 @@ class Run:
         tokens = self._batch
         if tokens is None:
             return
-        if self._largest is not None:
-            if output_grads is not None and output_grads.numel():
-                self._largest.append(output_grads.abs().amax().float())
-            return
         waiting = tokens.waiting.setdefault(use.layer, [])
         waiting.append((use, inputs, output_grads))
         uses = tokens.uses[use.layer]
@@ -507,15 +370,11 @@ class Run:
             )
         return layer.group
 
-    def _blamed(
-        self, kind: Literal["estimator", "gradient", "objective"], layer: str | None = None
-    ) -> AbstractContextManager[None]:
+    def _blamed(self, kind: ComponentKind, layer: str | None = None) -> AbstractContextManager[None]:
         """What a plugin's code raises becomes an error that names it, the layer and the batch."""
-        component: Component[Any] = getattr(self.task, kind)
-        origin = f" ({self.task.origins[kind]})" if kind in self.task.origins else ""
         place = "" if layer is None else f" on layer {layer}"
         batch = "" if self._number is None else f" in batch {self._number}"
-        return blamed(f"{kind} {component.name!r}{origin}", place + batch)
+        return self.task.blamed(kind, place + batch)
 
     def end_pass(self, index: int) -> None:
         """Closes a pass: every layer must have run, and accumulators see the sums of all processes."""
