@@ -44,8 +44,7 @@ class Finish:
     ) -> None:
         self.setup, self.config, self.job, self.on_progress = setup, setup.config, job, on_progress
         self.record = Record([*job.notes])
-        parts = (setup.registry, setup.components, setup.config)
-        self.rounds = Rounds(*parts, job.task.specs, self.record, on_progress, keep)
+        self.rounds = Rounds(setup, job.task.specs, self.record, on_progress, keep)
 
     def solved_again(self, estimates: Estimates) -> LoraDAResult:
         """All phases after the first round's estimation.

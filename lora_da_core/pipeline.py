@@ -28,7 +28,7 @@ from lora_da_core.estimation import Estimates, Job, check_tokens, estimate
 from lora_da_core.finish import Finish
 from lora_da_core.function_objective import LossFunction, objective_of
 from lora_da_core.interfaces import LayerFisher
-from lora_da_core.memory.workload import parse_size
+from lora_da_core.memory.workload import limit_in_bytes
 from lora_da_core.memory.workspace import Measured
 from lora_da_core.model_state import random_states_kept
 from lora_da_core.passes import Names, divided_layers, input_groups
@@ -161,7 +161,7 @@ class Pipeline:
             OptionError: No division keeps within the limit, or a cache is given and the objective is a plain function.
             LoraDAError: Something is wrong with options, targets, data, model or a plugin; the message says what.
         """
-        limit = _limit(max_memory)
+        limit = limit_in_bytes(max_memory)
         with self._world(world) as shared:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
@@ -349,11 +349,3 @@ class Pipeline:
         changed = self.config.changed()
         settings = ((key, repr(value), "" if key in changed else "default") for key, value in vars(self.config).items())
         return html_table(rows, ("component", "name", "options")) + html_table([*settings], ("setting", "value", ""))
-
-
-def _limit(max_memory: int | str | None) -> int | None:
-    """A limit of memory in bytes; what is no size is refused by the argument's name."""
-    try:
-        return parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-    except OptionError as error:
-        raise OptionError(f"max_memory: {error}") from error

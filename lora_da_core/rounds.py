@@ -18,13 +18,12 @@ from lora_da_core.block_sweep import BlockSweep
 from lora_da_core.block_trial import PASSES_INSTEAD
 from lora_da_core.blocks import BlockFault
 from lora_da_core.capture import CaptureTask, Progress
-from lora_da_core.components import Components
+from lora_da_core.components import Setup
 from lora_da_core.config import LoraDAConfig
 from lora_da_core.errors import DataError, LoraDAError
 from lora_da_core.estimation import Estimates, Job, estimate, forward_gradients, with_enough_tokens
 from lora_da_core.omega import paired
 from lora_da_core.passes import Names, halved, input_groups
-from lora_da_core.registry import Registry
 from lora_da_core.shares import owners_of
 from lora_da_core.solve_queue import SolveQueue
 from lora_da_core.solving import WAITING_BYTES, LayerSolution, LayerSolver, PreparedLayer
@@ -135,9 +134,7 @@ class Rounds:
     """Makes the rounds of one run.
 
     Args:
-        registry: The installed plugins.
-        components: The pipeline's.
-        config: The pipeline's.
+        setup: The pipeline's.
         specs: All layers at their configured ranks.
         record: Told of notes and times.
         on_progress: Told of each phase's progress.
@@ -146,19 +143,16 @@ class Rounds:
 
     def __init__(
         self,
-        registry: Registry,
-        components: Components,
-        config: LoraDAConfig,
+        setup: Setup,
         specs: Sequence[LayerSpec],
         record: Record,
         on_progress: Progress | None,
         keep: Keep = keep_nothing,
     ) -> None:
-        self._keep = keep
-        self._registry, self._components, self._config = registry, components, config
+        self._setup, self._config, self._keep = setup, setup.config, keep
         self._specs, self._record, self._on_progress = tuple(specs), record, on_progress
-        allocator = components.allocator
-        self._allocation = None if allocator is None else Allocation(registry, allocator, specs)
+        allocator = setup.components.allocator
+        self._allocation = None if allocator is None else Allocation(setup.registry, allocator, specs)
         self._parts: list[Names] = [[spec.name for spec in specs]]
         self._replanned = False
         self._sweep: BlockSweep | None = None
@@ -347,9 +341,9 @@ class Rounds:
         return replace(solved, specs=cut.specs, solutions=cut.solutions, allocation=cut.record)
 
     def _solutions(self, estimates: Estimates, wanted: Sequence[LayerSpec]) -> dict[str, LayerSolution]:
-        parts, statistics = self._components, estimates.statistics
+        parts, statistics = self._setup.components, estimates.statistics
         curvature = parts.allocator is not None and parts.allocator.needs_curvature
-        solver = LayerSolver(self._registry, parts.estimator, parts.solver, self._config, curvature=curvature)
+        solver = LayerSolver(self._setup.registry, parts.estimator, parts.solver, self._config, curvature=curvature)
         world, leaders = estimates.task.world, statistics.leaders()
         custody = estimates.task.custody
         owners = owners_of(wanted, leaders, world.size) if custody is None else custody.owners

@@ -396,6 +396,7 @@ def test_a_plan_divides_layers_as_the_configuration_says():
         ({"max_memory": 0}, "max_memory is 0"),
         ({"max_memory": "lots"}, "no size of memory"),
         ({"throughput": 0.0}, "throughput is 0"),
+        ({"max_memory": "12"}, r"^max_memory: .12. is no size of memory"),
         ({"throughput": float("nan")}, "throughput is nan"),
     ],
 )

@@ -15,7 +15,7 @@ from lora_da_core.errors import OptionError
 from lora_da_core.memory.division import Division, Limits, best_division
 from lora_da_core.memory.layers import PlannedModel
 from lora_da_core.memory.phases import PlanRow, by_phase, statistics_of
-from lora_da_core.memory.workload import Workload, parse_size, size_text
+from lora_da_core.memory.workload import Workload, limit_in_bytes, size_text
 from lora_da_core.placement import model_device
 from lora_da_core.types import StatisticsDevice
 
@@ -152,7 +152,7 @@ def estimate_memory(
         TargetError: PEFT finds nothing to adapt.
         PluginError: A component raised on a small layer.
     """
-    limit = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    limit = limit_in_bytes(max_memory)
     for name, value in (("max_memory", limit), ("throughput", throughput)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} is {value}; it must be above 0.")

@@ -38,6 +38,24 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def limit_in_bytes(max_memory: int | str | None) -> int | None:
+    """A limit as an argument `max_memory` gives it.
+
+    Args:
+        max_memory: Bytes, or a size such as `24GiB`.
+
+    Returns:
+        Bytes; None where there is no limit.
+
+    Raises:
+        OptionError: It is no size; the message names the argument.
+    """
+    try:
+        return parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    except OptionError as error:
+        raise OptionError(f"max_memory: {error}") from error
+
+
 def size_text(size: int) -> str:
     """Bytes as people read them.
 
