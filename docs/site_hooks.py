@@ -1,4 +1,4 @@
-"""What the site needs beside its pages: files of the repository, the command line's own help, formulas as MathML."""
+"""What the site needs beside its pages: files of the repository, the command line's help, formulas, cells with room."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ CLI_MARK = "<!-- the program's own help -->"
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./(?:examples|benchmarks|tests)[^)]*\)")
 _SHORT_LIST = re.compile(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+_CODE = re.compile(r"(<pre.*?</pre>|<code>.*?</code>)", re.DOTALL)
+_OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+_CELL = re.compile(r"<td>(.*?)</td>", re.DOTALL)
+_TAG = re.compile(r"<[^>]+>")
+_NAME = re.compile(r"\w+\.py::\w+")
+# An index is a group, one of the few signs that formulas have there, or at most two letters.
+_INDEX = re.compile(r"(?<![A-Za-z_])(in|out|cost|label|[^\W\d_])_(\{[^{}]*\}|&lt;t|≤t|o·|[A-Za-zλ]{1,2}(?![A-Za-z_]))")
+PROSE = 40
+"""Characters of a cell that is read as text, not as an entry."""
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
@@ -49,8 +58,34 @@ def commands() -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turns formulas into MathML, which browsers draw without any program or font from elsewhere."""
-    return _FORMULA.sub(_mathml, content)
+    """Turns formulas into MathML, which browsers draw with what they have; sets cells and code."""
+    content = _FORMULA.sub(_mathml, content)
+    parts = _CODE.split(content)
+    parts = [_set_code(part) if place % 2 else _set_indices(part) for place, part in enumerate(parts)]
+    return _CELL.sub(_set_cell, "".join(parts))
+
+
+def _set_code(code: str) -> str:
+    """An option keeps its dashes; in blocks no line is broken anyway."""
+    return code if code.startswith("<pre") else _OPTION.sub(r'<span class="whole">\g<0></span>', code)
+
+
+def _set_indices(text: str) -> str:
+    """Writes `G_n` with the index below the line, outside of tags."""
+    return "".join(part if part.startswith("<") else _INDEX.sub(_index, part) for part in re.split(r"(<[^>]+>)", text))
+
+
+def _index(match: re.Match[str]) -> str:
+    return f"{match[1]}<sub>{_INDEX.sub(_index, match[2].strip('{}'))}</sub>"
+
+
+def _set_cell(match: re.Match[str]) -> str:
+    """Gives text and tests' names room; the names may wrap."""
+    cell = match[1]
+    if _NAME.search(cell):
+        named = _NAME.sub(lambda name: re.sub(r"(::|(?<=[a-z])_)", r"\1<wbr>", name[0]), cell)
+        return f'<td class="names">{named}</td>'
+    return f'<td class="prose">{cell}</td>' if len(_TAG.sub("", cell)) > PROSE else match[0]
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -8,7 +8,9 @@ was.
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from demo_model import demo_model
 
@@ -19,7 +21,7 @@ ESTIMATORS = ["identity", "diagonal", "kfac", {"name": "kfac", "output": "full"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the grid and prints one line per cell."""
+    """Runs the grid and prints a line for each cell as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
@@ -52,16 +54,20 @@ def main(arguments: list[str] | None = None) -> None:
     )
     todo = plan(grid, options.output)
     print(f"{todo.cells} cells in {len(grid.groups())} groups, {todo.finished} of them finished")
-    for record in run_grid(grid, options.output):
-        name = record["baseline"] or f"{record['estimator']} {record['estimator_options'] or ''} β={record['beta']}"
-        if record["status"] == "failed":
-            print(f"{name}, seed {record['seed']}: {record['error']}")
-            continue
-        print(
-            f"{name}, seed {record['seed']}: {record['seconds']:.1f} s, {record['peak_bytes'] / 2**20:.0f} MiB, "
-            f"{math.degrees(record['angle']):.1f}° from {record['reference']}"
-        )
+    run_grid(grid, options.output, on_record=show)
     print(f"report: {options.output / 'report.html'}")
+
+
+def show(record: Mapping[str, Any], done: int, total: int) -> None:
+    """Prints what a cell came to."""
+    name = record["baseline"] or f"{record['estimator']} {record['estimator_options'] or ''} β={record['beta']}"
+    found = (
+        record["error"]
+        if record["status"] == "failed"
+        else f"{record['seconds']:.1f} s, {record['peak_bytes'] / 2**20:.0f} MiB, "
+        f"{math.degrees(record['angle']):.1f}° from {record['reference']}"
+    )
+    print(f"{done}/{total} {name}, seed {record['seed']}: {found}", flush=True)
 
 
 if __name__ == "__main__":

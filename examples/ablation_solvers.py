@@ -6,7 +6,9 @@ The reference takes the same Fisher estimator, so the angle is the solver's own 
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from demo_model import demo_model
 
@@ -17,7 +19,7 @@ SOLVERS = ["eigh", "lanczos", "davidson", "lobpcg", "arpack", "randomized_svd"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the grid and prints one line per cell."""
+    """Runs the grid and prints a line for each cell as it ends."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=HERE / "data" / "word_problems.jsonl")
@@ -46,17 +48,20 @@ def main(arguments: list[str] | None = None) -> None:
             "scale": ["fixed"],
         },
     }
-    for record in run_grid(grid, options.output):
-        head = f"{record['solver']:>14} r={record['rank']:<3}"
-        if record["status"] == "failed":
-            print(f"{head} {record['error']}")
-            continue
-        print(
-            f"{head} solve {record['phases']['solve']:6.2f} s, {record['applies']:4} products, "
-            f"largest angle {record['angle_max']:.1e}, objective gap {record['objective_gap_max']:+.1e}, "
-            f"{record['not_converged']} not converged{', statistics reused' if record['reused'] else ''}"
-        )
+    run_grid(grid, options.output, on_record=show)
     print(f"report: {options.output / 'report.html'}")
+
+
+def show(record: Mapping[str, Any], done: int, total: int) -> None:
+    """Prints what a cell came to."""
+    found = (
+        record["error"]
+        if record["status"] == "failed"
+        else f"solve {record['phases']['solve']:6.2f} s, {record['applies']:4} products, "
+        f"largest angle {record['angle_max']:.1e}, objective gap {record['objective_gap_max']:+.1e}, "
+        f"{record['not_converged']} not converged{', statistics reused' if record['reused'] else ''}"
+    )
+    print(f"{done:2}/{total} {record['solver']:>14} r={record['rank']:<3} {found}", flush=True)
 
 
 if __name__ == "__main__":

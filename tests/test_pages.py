@@ -286,6 +286,19 @@ def test_formulas_are_mathml(site: Path) -> None:
     assert "arithmatex" not in page and "\\lambda" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
+def test_a_list_is_one_and_not_a_paragraph_of_dashes(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", page.read_text(), re.DOTALL)
+        assert [one for one in paragraphs if re.search(r"^- ", one, re.MULTILINE)] == [], page.name
+
+
+def test_indices_are_written_below_the_line(site: Path) -> None:
+    page = (site / "components.html").read_text()
+    text = re.sub(r"<(pre|code|h\d|nav|script|head)\b.*?</\1>|<[^>]*>", "", page, flags=re.DOTALL)
+    assert page.count("<sub>") > 60
+    assert re.findall(r"\w+_[\w{<≤]+", text) == []
+
+
 def test_the_reference_has_every_command_and_option(site: Path) -> None:
     page = (site / "reference" / "cli.html").read_text()
     group: Any = typer.main.get_command(app)
