@@ -55,7 +55,7 @@ class OneLineErrors(TyperGroup):
             if not hasattr(error, "format_message"):
                 raise
             message = error.format_message().rstrip(".")
-            _complain(f"{message}{'' if message.endswith('?') else '.'} See --help.")
+            _complain(f"{message}{_place_of(error)}{'' if message.endswith('?') else '.'} See --help.")
             status = ExitCode.WRONG_USE
         if status == ExitCode.INTERRUPTED:
             _complain("interrupted.")
@@ -219,6 +219,15 @@ app.command("ablate")(command_of(AblateOptions, ablate))
 
 
 # What they share
+
+
+def _place_of(error: Any) -> str:
+    """Where a value that typer refuses stands, unless it is the command line."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or parameter is None:
+        return ""
+    source = context.get_parameter_source(parameter.name)
+    return f" (in {context.params['config']})" if source is not None and source.name == "DEFAULT_MAP" else ""
 
 
 def _unexpected(error: Exception) -> str:

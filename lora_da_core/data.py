@@ -114,6 +114,8 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
     Raises:
         DataError: There is no such file or data set, it cannot be read, or it is empty.
     """
+    if not str(source):
+        raise DataError("the data has no name; give a file, a directory of files, or the id of a data set on the hub.")
     path = local_path(source)
     if is_kind(path, "file"):
         arguments = _file_arguments(path)

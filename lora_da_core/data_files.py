@@ -1,7 +1,8 @@
-"""What a data file may be: no archive, which would be unpacked unasked, and nested no deeper than its reader bears."""
+"""What a data file may be: UTF-8, no archive, which is unpacked unasked, and nested no deeper than its reader bears."""
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +29,14 @@ _ARCHIVES = {
 
 _TAR = (257, b"ustar")
 _JSON = (".json", ".jsonl")
+_TEXT = (*_JSON, ".csv")
 _CHUNK = 2**24
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def check_data(path: Path) -> None:
-    """Refuses a data file, or a directory that holds one, that is an archive or nested too deeply.
+    """Refuses a data file, or a directory that holds one, that is an archive, not UTF-8 or nested too deeply.
 
     Args:
         path: A file or a directory.
@@ -47,6 +49,8 @@ def check_data(path: Path) -> None:
             kind = _archive(file)
             if kind is not None:
                 raise DataError(f"data file '{file}' is a {kind} archive; unpack it and give what it holds.")
+            if file.suffix.lower() in _TEXT:
+                _check_encoding(file)
             if file.suffix.lower() in _JSON and _depth(file) > DEEPEST:
                 raise DataError(f"data file '{file}' is nested deeper than {DEEPEST} levels; rows hold text.")
         except OSError as error:
@@ -65,6 +69,26 @@ def _archive(path: Path) -> str | None:
     if head[start : start + len(tar)] == tar:
         return "tar"
     return next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
+
+
+def _check_encoding(path: Path) -> None:
+    """Refuses text in another encoding than UTF-8, which readers pass on until a row is looked at."""
+    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            pending = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                place = before - pending + error.start
+                raise DataError(
+                    f"data file '{path}' is not UTF-8 at byte {place}; convert it, for instance by "
+                    "'iconv -f LATIN1 -t UTF-8', and give the result."
+                ) from error
+            if not chunk:
+                return
+            before += len(chunk)
 
 
 def _depth(path: Path) -> int:

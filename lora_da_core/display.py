@@ -124,4 +124,6 @@ def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str
         return f"<tr>{''.join(f'<{tag}{style}>{html.escape(cell)}</{tag}>' for tag, style, cell in shown)}</tr>"
 
     head = f"<thead>{line(header, 'th')}</thead>" if header else ""
-    return f"<table>{head}{''.join(line(row, 'th', 'td') for row in rows)}</table>"
+    table = f"<table>{head}{''.join(line(row, 'th', 'td') for row in rows)}</table>"
+    # Names of layers are long, and a notebook may be narrow.
+    return f'<div style="overflow-x: auto">{table}</div>'

@@ -218,6 +218,8 @@ def waits_for(source: str | Path) -> tuple[str, ...]:
 
 def _location(source: str | Path, trust_remote_code: bool) -> dict[str, Any]:
     """What transformers' `from_pretrained` takes for a source."""
+    if not str(source):
+        raise ModelError("the model has no name; give a directory, a GGUF file, or the id of a model on the hub.")
     path = local_path(source)
     if is_kind(path, "file"):
         _check_gguf(path)

@@ -395,7 +395,7 @@ def _read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageError(f"{path} does not exist; give a directory that 'lora-da init' wrote.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+        raise StorageError(f"{path} cannot be read: {error}; run 'lora-da init' again.") from error
 
 
 def _flush(path: Path) -> None:

@@ -125,10 +125,12 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--max-length", "1"), "max_length is 1"),
         ((*INIT, "--output", "new", "--batch-size", "0"), "batch_size is 0"),
         ((*INIT, "--output", "new", "--config", "missing.toml"), "missing.toml cannot be read"),
+        ((*INIT, "--output", "new", "--lora-alpha", "inf"), "must be a finite number above 0"),
         (("plan",), "Missing option '--model'"),
         (("plan", "--model", "model", "--max-memory", "24"), "--max-memory: '24' is no size of memory"),
         (("plan", "--model", "model", "--max-memory", "24gib"), "such as 24GiB"),
         (("plan", "--model", "model", "--throughput", "0"), "throughput is 0"),
+        (("plan", "--model", "model", "--tokens", "1"), "have 64 to 4096 together"),
         (("plan", "--model", "model", "--estimator", "kfacc"), "Did you mean 'kfac'?"),
         (("plan", "--model", "model", "--solver-option", "tolerance=1e-3"), "--solver-option needs --solver"),
         (("plan", "--model", "model", "--rank", "0"), "rank is 0"),
@@ -165,6 +167,7 @@ def test_wrong_config_file_is_one_line_and_status_2(world, no_loading, tmp_path,
     outcome = run(world, *INIT, "--output", "new", "--config", str(path))
     assert outcome.exit_code == 2
     assert message in outcome.stderr and outcome.stderr.count("\n") == 1
+    assert "wrong.toml" in outcome.stderr or "token" in content
 
 
 def test_nothing_given_shows_the_help_and_status_2(world):
@@ -181,6 +184,8 @@ def test_nothing_given_shows_the_help_and_status_2(world):
         (("init", "--model", "model", "--data", "missing.jsonl", "--output", "new"), "'missing.jsonl' does not exist"),
         ((*INIT, "--output", "new", "--target-modules", "qproj"), "Closest: q_proj"),
         ((*INIT, "--output", "new", "--rank", "9"), "rank 9 is above min(in, out)"),
+        (("init", "--model", "", "--data", "data.jsonl", "--output", "new"), "the model has no name"),
+        (("init", "--model", "model", "--data", "", "--output", "new"), "the data has no name"),
         (("inspect", "missing"), "lora_da_report.json does not exist"),
         (("verify", "missing"), "lora_da_report.json does not exist"),
     ],

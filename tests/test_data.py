@@ -91,7 +91,7 @@ class TestLoadRows:
             ("rows.jsonl", b"", "is empty"),
             ("rows.jsonl", b'{"question": "a", "answer": ', "cannot be read: JSON parse error"),
             ("rows.csv", b"question,answer\n", "no data"),
-            ("rows.csv", b"\xff\xfe\x00", "cannot be read: 'utf-8'"),
+            ("rows.csv", b"\xff\xfe\x00", "is not UTF-8 at byte 0"),
             ("rows.parquet", b"not a parquet file", "magic bytes"),
             ("rows.xlsx", b"text", "no known kind; .jsonl"),
         ],

@@ -294,6 +294,20 @@ def archive(kind: str, path: Path) -> None:
         path.write_bytes(gzip.compress(row * 2**16))
 
 
+@pytest.mark.parametrize("before", [0, 2**24 - 20, 2**24 - 14, 2**24])
+def test_text_that_is_not_utf_8_is_refused_where_it_stands(tmp_path: Path, before: int) -> None:
+    path = tmp_path / "latin.jsonl"
+    good = " " * before + '{"question": "caf\u00e9", "answer": "b"}\n'
+    path.write_bytes(good.encode())
+    assert len(data.load_rows(path)) == 1
+    path.write_bytes(good.encode("latin-1"))
+    with pytest.raises(lora_da_core.DataError, match=f"is not UTF-8 at byte {before + 17};"):
+        data.load_rows(path)
+    path.write_bytes(good.encode()[: before + 18])
+    with pytest.raises(lora_da_core.DataError, match=f"is not UTF-8 at byte {before + 17};"):
+        data.load_rows(path)
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar", "gzip"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "folder/rows.bin"])
 def test_archives_are_not_unpacked(tmp_path: Path, kind: str, name: str) -> None:

@@ -106,7 +106,7 @@ def lora_config(
     if rank < 1:
         raise OptionError(f"rank is {rank}; it must be at least 1.")
     if not (math.isfinite(lora_alpha) and lora_alpha > 0):
-        raise OptionError(f"lora_alpha is {lora_alpha}; it must be a number above 0.")
+        raise OptionError(f"lora_alpha is {lora_alpha}; it must be a finite number above 0.")
     for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if isinstance(value, str):
             _check_regex(option, value)

@@ -89,11 +89,11 @@ class Workload:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise OptionError(f"{name} is {value}; it must be at least {least}.")
-        most = self.samples * self.texts * self.max_length
-        if self.tokens is not None and self.tokens > most:
+        least, most = self.samples * self.texts, self.samples * self.texts * self.max_length
+        if self.tokens is not None and not least <= self.tokens <= most:
             raise OptionError(
                 f"tokens is {self.tokens}, but {self.samples} samples of at most {self.texts * self.max_length} tokens "
-                f"have {most}."
+                f"have {least} to {most} together."
             )
 
     @property
