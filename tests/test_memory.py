@@ -417,7 +417,7 @@ def test_a_run_refuses_a_limit_without_a_unit_by_its_name_before_it_reads_anythi
         ({"max_length": 1}, "max_length is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"tokens": 0}, "tokens is 0"),
-        ({"samples": 2, "max_length": 10, "tokens": 21}, "have 20"),
+        ({"samples": 2, "max_length": 10, "tokens": 21}, "have 2 to 20 together"),
     ],
 )
 def test_wrong_workloads_are_refused(settings, message):

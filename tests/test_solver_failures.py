@@ -239,9 +239,9 @@ def test_3_no_inverse_is_made_on_a_cpu_unless_asked_for(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(lanczos, "inverted", refuse)
     heavy = Dense(_top_heavy().to_dense())
-    assert not bool(solve("lanczos", heavy, 8).converged)
+    assert not bool(solve("lanczos", heavy, 8, block_size=8).converged)
     with pytest.raises(AssertionError, match="made one"):
-        solve("lanczos", heavy, 8, shift_invert=True)
+        solve("lanczos", heavy, 8, block_size=8, shift_invert=True)
 
 
 def test_3_an_inverse_is_made_on_an_accelerator_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +255,8 @@ def test_3_an_inverse_is_made_on_an_accelerator_unless_refused(monkeypatch: pyte
     monkeypatch.setattr(lanczos, "inverted", noted)
     monkeypatch.setattr(lanczos, "_is_patient", lambda device: True)
     heavy = Dense(_top_heavy().to_dense())
-    assert not bool(solve("lanczos", heavy, 8, shift_invert=False).converged) and before == []
-    found = solve("lanczos", heavy, 8)
+    assert not bool(solve("lanczos", heavy, 8, block_size=8, shift_invert=False).converged) and before == []
+    found = solve("lanczos", heavy, 8, block_size=8)
     assert bool(found.converged) and [found.applies > krylov for krylov in before] == [True]
     exact = heavy.matrix @ found.vectors - found.vectors * found.values
     torch.testing.assert_close(
