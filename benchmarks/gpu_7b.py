@@ -73,7 +73,8 @@ def main() -> None:
     for name in WARMED_UP:
         if PROGRAMS[name] in programs:
             programs[PROGRAMS[name]](batches[-2:])
-    _restore(model, options)
+    if REFERENCE in programs:
+        _restore(model, options)
     for number in range(options.repetitions):
         for name, program in programs.items():
             if number and (name in limits or name == PROGRAMS["in_turn"]):

@@ -109,6 +109,12 @@ def labelled_part(objective: Objective[Any], batch: Batch) -> Batch | None:
     return take_rows(batch, rows) if len(rows) else None
 
 
+def first_labelled(objective: Objective[Any], batches: Sequence[Batch]) -> tuple[int, Batch]:
+    """The number of the first batch that has labels, of which there must be one, and its samples with labels."""
+    parts = ((number, labelled_part(objective, batch)) for number, batch in enumerate(batches))
+    return next((number, part) for number, part in parts if part is not None)
+
+
 def take_rows(batch: Batch, rows: Tensor) -> Batch:
     """The samples `rows` (indices) of a batch."""
     samples = len(batch["labels"])

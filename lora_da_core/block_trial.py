@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_da_core.batches import labelled_part, take_rows, to_device
+from lora_da_core.batches import first_labelled, take_rows, to_device
 from lora_da_core.block_sweep import Names, Sweep, blocks_of, starts_of, without_layers
 from lora_da_core.blocks import BlockCall, BlockFault, Blocks, followed
 from lora_da_core.capture import CaptureTask
@@ -68,8 +68,8 @@ def fault(task: CaptureTask, batches: Sequence[Batch], parts: Sequence[Names]) -
     Returns:
         What is wrong, as half a sentence; None where nothing is.
     """
-    labelled = (labelled_part(task.objective, batch) for batch in batches)
-    sample = take_rows(next(part for part in labelled if part is not None), torch.zeros(1, dtype=torch.int64))
+    _, part = first_labelled(task.objective, batches)
+    sample = take_rows(part, torch.zeros(1, dtype=torch.int64))
     try:
         return _difference(task, sample, parts)
     except BlockFault as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.batches import labelled_part, take_rows, to_device
+from lora_da_core.batches import first_labelled, take_rows, to_device
 from lora_da_core.capture import CaptureTask
 from lora_da_core.errors import ModelError
 from lora_da_core.model_state import prepared
@@ -63,8 +63,7 @@ def model_notes(task: CaptureTask, batches: Sequence[Batch]) -> list[str]:
         ModelError: The model's weights are on several devices, and nothing moves what passes between them.
     """
     objective = task.objective
-    parts = ((number, labelled_part(objective, batch)) for number, batch in enumerate(batches))
-    number, part = next((number, part) for number, part in parts if part is not None)
+    number, part = first_labelled(objective, batches)
     few = to_device(take_rows(part, torch.arange(min(CHECKED_SAMPLES, len(part["labels"])))), task.device)
     with (
         prepared(task.model),

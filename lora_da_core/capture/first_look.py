@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_da_core.batches import labelled_part, take_rows, to_device
+from lora_da_core.batches import first_labelled, take_rows, to_device
 from lora_da_core.capture.task import CaptureTask
 from lora_da_core.layer_kinds import Call, watched
 from lora_da_core.loss_scale import find_loss_scale
@@ -30,7 +30,8 @@ def single_uses(task: CaptureTask, batches: Sequence[Batch]) -> frozenset[str]:
     Returns:
         Names of layers whose statistics are taken.
     """
-    sample = to_device(take_rows(_first(task, batches), torch.zeros(1, dtype=torch.int64)), task.device)
+    _, part = first_labelled(task.objective, batches)
+    sample = to_device(take_rows(part, torch.zeros(1, dtype=torch.int64)), task.device)
     specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
     uses: Counter[str] = Counter()
 
@@ -53,7 +54,8 @@ def loss_scale(task: CaptureTask, batches: Sequence[Batch]) -> float:
     Returns:
         A power of two. All layers are looked at, since all passes share it.
     """
-    on_device = to_device(_first(task, batches), task.device)
+    _, part = first_labelled(task.objective, batches)
+    on_device = to_device(part, task.device)
     specs = {spec.name: spec for spec in (*task.specs, *task.beside)}
 
     def largest_gradient(scale: float) -> float:
@@ -83,8 +85,3 @@ def loss_scale(task: CaptureTask, batches: Sequence[Batch]) -> float:
         return float(torch.stack([size.to(task.device) for size in sizes] or [losses.new_zeros(())]).max())
 
     return find_loss_scale(largest_gradient)
-
-
-def _first(task: CaptureTask, batches: Sequence[Batch]) -> Batch:
-    """The samples with labels of the first batch that has any."""
-    return next(part for part in (labelled_part(task.objective, batch) for batch in batches) if part)
