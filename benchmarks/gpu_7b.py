@@ -70,10 +70,10 @@ def main() -> None:
     for limit in options.max_memory:
         limits[_limited(limit)] = _plan(model, batches, lora, pipelines["fixed"], limit)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
-    for name in WARMED_UP:
+    for name in () if options.cold else WARMED_UP:
         if PROGRAMS[name] in programs:
             programs[PROGRAMS[name]](batches[-2:])
-    if REFERENCE in programs:
+    if REFERENCE in programs and not options.cold:
         _restore(model, options)
     for number in range(options.repetitions):
         for name, program in programs.items():
@@ -113,6 +113,7 @@ def _options() -> argparse.Namespace:
         default=list(CHECKED),
         help="of these a profile, and a check in float64",
     )
+    parser.add_argument("--cold", action="store_true", help="no warm-up: what a first run takes")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--time-limit", type=float, default=540.0, help="seconds; no further run starts after them")
     parser.add_argument("--device", default="cuda")
@@ -208,12 +209,12 @@ def _programs(
 @contextlib.contextmanager
 def _in_turn() -> Iterator[None]:
     """Within it layers are prepared and solved in turn, so that each has a time of its own."""
-    real = solve_queue.solves_beside
-    solve_queue.solves_beside = lambda device: False
+    real = solve_queue.batches_beside
+    solve_queue.batches_beside = lambda *_: 0
     try:
         yield
     finally:
-        solve_queue.solves_beside = real
+        solve_queue.batches_beside = real
 
 
 def _measured(program: Callable[[Any], Any], batches: Any) -> dict[str, Any]:

@@ -12,11 +12,14 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from lora_da_core.adapter import Targets
 from lora_da_core.batches import cut
 from lora_da_core.capture import SweepSettings
 from lora_da_core.errors import OptionError
 from lora_da_core.estimation import Job
-from lora_da_core.memory import Plan, estimate_memory
+from lora_da_core.memory import Plan, estimate_memory, plan_of
+from lora_da_core.memory.division import Limits
+from lora_da_core.memory.layers import PlannedModel
 from lora_da_core.memory.workload import Workload, size_text
 from lora_da_core.placement import is_partitioned, largest_module_bytes, resident_bytes
 from lora_da_core.sums_storage import storage_at
@@ -56,9 +59,8 @@ def workload_of(batches: Sequence[Batch]) -> Workload:
 def plan_within(
     pipeline: Pipeline,
     model: nn.Module,
-    peft_config: LoraConfig | None,
     job: Job,
-    max_memory: int | str,
+    max_memory: int,
     *,
     by_block: bool = True,
 ) -> Plan:
@@ -67,9 +69,8 @@ def plan_within(
     Args:
         pipeline: What will run.
         model: As `Pipeline.run` takes it.
-        peft_config: As `Pipeline.run` takes it.
         job: What will run.
-        max_memory: Bytes, or a size such as `24GiB`.
+        max_memory: Bytes.
         by_block: Whether one process may run blocks again, part by part.
 
     Returns:
@@ -81,19 +82,14 @@ def plan_within(
     """
     if is_partitioned(job.task.model):
         raise OptionError("max_memory cannot plan for a model that DeepSpeed's ZeRO-3 shards; give layers_per_pass.")
-    plan = estimate_memory(
-        model,
-        peft_config,
-        pipeline=pipeline,
-        workload=workload_of(job.batches),
-        max_memory=max_memory,
-        host_memory=None if job.task.device.type == "cpu" else host_memory(job.task.world),
-        by_block=by_block and job.task.world.size == 1,
-    )
+    task = job.task
+    targets = Targets(tuple(task.specs), task.modules)
+    limits = Limits(max_memory, None if task.device.type == "cpu" else host_memory(task.world))
+    planned = PlannedModel(model, targets, pipeline, workload_of(job.batches), task.device)
+    plan = plan_of(planned, limits, by_block=by_block and task.world.size == 1)
     if not plan.fits:
-        assert plan.max_memory is not None, "what has no limit fits"
         raise OptionError(
-            f"max_memory is {size_text(plan.max_memory)}; the smallest that works for this model, data and pipeline is "
+            f"max_memory is {size_text(max_memory)}; the smallest that works for this model, data and pipeline is "
             f"{plan.peak_bytes} bytes ({size_text(plan.peak_bytes)}), in {plan.passes} passes. {plan.notes[-1]}"
         )
     return plan

@@ -47,10 +47,29 @@ def check_model(model: Any) -> None:
 
 
 @contextlib.contextmanager
+def attention_without_plans() -> Iterator[None]:
+    """Keeps PyTorch's attention from cuDNN, unless no other kernel that stores no score matrix is allowed.
+
+    cuDNN compiles a plan for every shape that a process meets, forwards and backwards: over batches of many lengths,
+    each met once, that took 13 s on an H200 where all passes took 5.5 s. With plans at hand it was no faster.
+    """
+    attention: Any = torch.backends.cuda
+    if not (attention.cudnn_sdp_enabled() and attention.mem_efficient_sdp_enabled()):
+        yield
+        return
+    attention.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        attention.enable_cudnn_sdp(True)
+
+
+@contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, frozen weights and no compiled code, put back as found whatever happens.
 
     What `module.compile()` has compiled runs as it is written meanwhile: compiled code would not see new hooks.
+    Attention is that of `attention_without_plans`.
     """
     compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     repacking = [module for module in model.modules() if getattr(module, _REPACKS, False)]
@@ -68,7 +87,8 @@ def prepared(model: nn.Module) -> Iterator[None]:
             setattr(module, _REPACKS, False)
         for _, _, parameter, _ in trainable:
             parameter.requires_grad_(False)
-        yield
+        with attention_without_plans():
+            yield
     finally:
         for module in repacking:
             setattr(module, _REPACKS, True)

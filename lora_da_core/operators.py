@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,34 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.mT, right, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(left.to(total.dtype).mT, right.to(total.dtype))
+
+
+_STRIPS, _LEAST_STRIP = 4, 512
+"""Strips that a Gram matrix is summed in, and the least rows of one: smaller products gain nothing."""
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Total += rowsᵀ·rows in place, as `add_product`, on and below the diagonal: ten of sixteen parts of the work.
+
+    What is above the diagonal is left undefined until `mirror_lower`.
+
+    Args:
+        total: (n, n), the running sum, float32 or float64.
+        rows: (rows, n).
+    """
+    for start, stop in _strips(len(total)):
+        add_product(total[start:stop, :stop], rows[:, start:stop], rows[:, :stop])
+
+
+def mirror_lower(total: Tensor) -> None:
+    """Writes the transpose of what is below the diagonal of a sum of `add_gram`, (n, n), above it."""
+    for start, stop in _strips(len(total)):
+        total[:start, start:stop] = total[start:stop, :start].mT
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
+    rows = max(_LEAST_STRIP, -(-size // _STRIPS))
+    return ((start, min(start + rows, size)) for start in range(0, size, rows))
 
 
 def holds_places(rows: Tensor) -> bool:

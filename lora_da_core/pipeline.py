@@ -166,14 +166,13 @@ class Pipeline:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
             job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
-            job, parts = self._divided(model, job, peft_config, adapter_name, limit, offload_dir)
+            job, parts = self._divided(model, job, adapter_name, limit, offload_dir)
             return Finish(self._setup, job, on_progress, keep).result(parts)
 
     def _divided(
         self,
         model: nn.Module,
         job: Job,
-        peft_config: LoraConfig | None,
         adapter_name: str,
         max_memory: int | None,
         offload_dir: Path | str | None,
@@ -183,14 +182,14 @@ class Pipeline:
         if max_memory is not None:
             if most != "auto" or adapter_name != "default":
                 raise OptionError("max_memory plans for the adapter 'default' and layers_per_pass='auto' only.")
-            plan = plan_within(self, model, peft_config, job, max_memory)
+            plan = plan_within(self, model, job, max_memory)
             if plan.schedule == "blocks":
                 # On the data as they come: what is tried does not depend on batches.
                 wrong = fault(within(plan, job).task, job.batches, plan.parts)
                 if wrong is not None:
                     job = replace(job, notes=(*job.notes, f"{PASSES_INSTEAD}: {wrong}"))
                     logger.warning("%s", job.notes[-1])
-                    plan = plan_within(self, model, peft_config, job, max_memory, by_block=False)
+                    plan = plan_within(self, model, job, max_memory, by_block=False)
             logger.info("%s", plan_note(plan))
             return stored(within(plan, job), plan.statistics_device, offload_dir, plan.offloaded_bytes), plan.parts
         job = stored(job, self.config.statistics_device, offload_dir)

@@ -33,7 +33,7 @@ NORM_TOLERANCE = 1e-3
 """
 
 WAITING_BYTES = 2**32
-"""Bytes of operators of one shape that may wait for a batched solve on an accelerator, while as many are solved."""
+"""Bytes of operators of one shape that may wait for a batched solve on an accelerator."""
 
 
 def batch_size(

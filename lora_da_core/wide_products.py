@@ -14,6 +14,9 @@ _LEAST_SIDE = 512
 _PARTS = 3
 """bfloat16 numbers of 8 bits each whose sum is a float32 number of 24 bits."""
 
+_GRAM_PARTS = 2
+"""Of them, as many as a Gram matrix is made of."""
+
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left·right, (…, m, k) and (…, k, n); on CUDA large float32 matrices are multiplied in parts of bfloat16.
@@ -35,24 +38,26 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """matrix·matrixᵀ, (m, k) to (m, m), exactly symmetric, as `product` computes it."""
+    """matrix·matrixᵀ, (m, k) to (m, m), exactly symmetric; where `product` takes parts, to 2⁻¹⁶ of ‖matrix‖².
+
+    Nothing cancels in a Gram matrix, so the two largest parts are enough: their third product is the transpose of
+    the second, their fourth too small to count.
+    """
     if not _splits(matrix, matrix.mT):
         found = matrix @ matrix.mT
         return 0.5 * (found + found.mT)
-    first, second, third = parts(matrix)
-    # Of the products beside the diagonal each is the transpose of another: one of two is computed.
-    beside = _added(_added(None, first, third.mT), first, second.mT)
-    within = _added(_added(None, second, second.mT), first, first.mT)
-    return 0.5 * (within + within.mT) + (beside + beside.mT)
+    first, second = parts(matrix, _GRAM_PARTS)
+    half = _added(_added(None, first, first.mT).mul_(0.5), first, second.mT)
+    return half + half.mT
 
 
-def parts(matrix: Tensor) -> list[Tensor]:
-    """Three bfloat16 matrices that sum to a float32 one, largest first, exactly but for underflow."""
+def parts(matrix: Tensor, count: int = _PARTS) -> list[Tensor]:
+    """The bfloat16 matrices that sum to a float32 one, largest first; three are exact but for underflow."""
     found, rest = [], matrix
-    for _ in range(_PARTS):
-        part = rest.to(torch.bfloat16)
-        found.append(part)
-        rest = rest - part
+    for place in range(count):
+        found.append(rest.to(torch.bfloat16))
+        if place < count - 1:
+            rest = rest - found[-1]
     return found
 
 

@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks import candidates, evidence, forgetting, gpu_7b, primitives, scaling, solvers, statistics_device
+from benchmarks import (
+    candidates,
+    evidence,
+    first_run,
+    forgetting,
+    gpu_7b,
+    primitives,
+    scaling,
+    solvers,
+    statistics_device,
+)
 
 GRID = """
 [run]
@@ -117,6 +127,12 @@ def test_the_7b_comparison_sweeps_blocks_within_a_limit(figures: Any) -> None:
     free, swept = figures(gpu_7b, *shape, *least, "--max-memory", "7MiB")["rows"].values()
     assert swept["plan"]["schedule"] == "blocks" and swept["plan"]["passes"] == 1 < swept["plan"]["parts"]
     assert swept["plan"]["peak_gib"] <= 7 / 2**10 and swept["converged"] == free["converged"] == 28
+
+
+def test_first_runs_are_those_of_new_processes(figures: Any) -> None:
+    shape = ("--layers", "1", "--hidden", "64", "--intermediate", "96", "--vocabulary", "64", "--samples", "4")
+    found = figures(first_run, "--programs", "fixed", "--repetitions", "1", *shape)
+    assert found["medians"]["fixed"] == found["seconds"]["fixed"][0] > 0
 
 
 def test_the_solvers_comparison_verifies_residuals_and_objectives(figures: Any) -> None:

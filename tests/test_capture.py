@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from lora_da_core.adapter import resolve_targets
 from lora_da_core.capture import CaptureTask, Statistics
 from lora_da_core.capture.first_look import single_uses
 from lora_da_core.config import ComponentChoice
+from lora_da_core.model_state import prepared
 
 Watch = Callable[[nn.Module], None]
 KFAC_FULL: ComponentChoice = ("kfac", {"output": "full"})
@@ -298,3 +300,34 @@ def test_what_was_compiled_in_place_runs_as_written_and_is_compiled_again_afterw
     assert not calls
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     assert [layer._compiled_call_impl for layer in model.model.layers] == code and all(code)
+
+
+@pytest.fixture
+def attention_kernels() -> Iterator[Any]:
+    """torch.backends.cuda, whose choice of attention kernels is put back."""
+    kernels = torch.backends.cuda
+    before = kernels.cudnn_sdp_enabled(), kernels.mem_efficient_sdp_enabled()
+    yield kernels
+    kernels.enable_cudnn_sdp(before[0])
+    kernels.enable_mem_efficient_sdp(before[1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_cudnn_plans_no_attention_meanwhile(fails: bool, attention_kernels: Any) -> None:
+    attention_kernels.enable_cudnn_sdp(True)
+    seen = []
+    with contextlib.suppress(KeyError), prepared(nn.Linear(2, 2)):
+        seen.append(attention_kernels.cudnn_sdp_enabled())
+        if fails:
+            raise KeyError
+    assert seen == [False] and attention_kernels.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("cudnn", "efficient"), [(True, False), (False, True)])
+def test_a_choice_of_attention_kernels_stands(cudnn: bool, efficient: bool, attention_kernels: Any) -> None:
+    attention_kernels.enable_cudnn_sdp(cudnn)
+    attention_kernels.enable_mem_efficient_sdp(efficient)
+    with prepared(nn.Linear(2, 2)):
+        assert attention_kernels.cudnn_sdp_enabled() == cudnn
+    assert attention_kernels.cudnn_sdp_enabled() == cudnn
+    assert attention_kernels.mem_efficient_sdp_enabled() == efficient

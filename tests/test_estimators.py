@@ -17,6 +17,7 @@ from lora_da_core.operators import DenseMap, LowRankMap
 from lora_da_core.types import FisherStatistics
 from lora_da_estimators import diagonal, ekfac, empirical, identity, kfac, sketched
 from lora_da_estimators._factors import DenseFactor, FactorRequest, damp_dense, damp_diagonal
+from lora_da_estimators._sums import SECOND_MOMENT, InputSecondMoment
 from lora_da_estimators.diagonal import Diagonal
 from lora_da_estimators.ekfac import Ekfac
 from lora_da_estimators.empirical import Empirical
@@ -607,3 +608,18 @@ def test_a_sketch_of_float32_gradients_keeps_its_bound() -> None:
     rows, sketch = tokens.gradients().flatten(1), found["rows"].double().flatten(1)
     values = torch.linalg.eigvalsh(rows.T @ rows - sketch.T @ sketch)
     assert float(values.abs().max()) < float(found["shift"]) + 1e-5 * float(found["trace"])
+
+
+def test_moments_stay_whole_over_reading_merging_and_more_tokens() -> None:
+    size, dtype, device = 1100, torch.float32, torch.device("cpu")
+    rows = [torch.randn(3, size, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    ours, theirs = (InputSecondMoment(size, device=device, dtype=dtype) for _ in range(2))
+    example = torch.zeros(3, dtype=torch.int64)
+    ours.update(rows[0], None, example)
+    ours.statistics()
+    ours.update(rows[1], None, example)
+    theirs.update(rows[2], None, example)
+    ours.merge(theirs.statistics())
+    ours.update(rows[3], None, example)
+    everything = torch.cat(rows)
+    torch.testing.assert_close(ours.statistics()[SECOND_MOMENT], everything.mT @ everything)

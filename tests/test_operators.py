@@ -22,7 +22,9 @@ from lora_da_core.operators import (
     Sum,
     SymmetricOperator,
     accumulation_dtype,
+    add_gram,
     add_product,
+    mirror_lower,
     rows_product,
 )
 from lora_da_estimators._maps import converted
@@ -209,6 +211,20 @@ def test_products_are_added_in_the_totals_dtype(total_dtype: torch.dtype, rows_d
     add_product(after, left, right)
     assert after.dtype == total_dtype
     torch.testing.assert_close(after, before + left.to(total_dtype).mT @ right.to(total_dtype))
+
+
+@pytest.mark.parametrize("size", [1, 5, 513, 1300, 2100])
+@pytest.mark.parametrize("rows_dtype", [torch.bfloat16, *DTYPES])
+def test_a_gram_matrix_is_summed_below_the_diagonal_and_mirrored(size: int, rows_dtype: torch.dtype) -> None:
+    first, second = draw(7, size, dtype=rows_dtype), draw(4, size, dtype=rows_dtype, seed=1)
+    total, expected = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+    for rows in (first, second):
+        corner = float(total[0, -1])
+        add_gram(total, rows)
+        assert size <= 512 or float(total[0, -1]) == corner
+        mirror_lower(total)
+        expected += rows.double().mT @ rows.double()
+        torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize("rows_dtype", [torch.bfloat16, *DTYPES])

@@ -15,7 +15,7 @@ from lora_da_core import LoraDAConfig, PluginError, solve_queue
 from lora_da_core.memory import phases
 from lora_da_core.memory.phases import LayerBytes
 from lora_da_core.memory.workspace import Workspace
-from lora_da_core.solving import LayerSolver
+from lora_da_core.solving import WAITING_BYTES, LayerSolver
 from test_memory import group
 
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -28,21 +28,26 @@ def run() -> Any:
 
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU solves in another thread too, as an accelerator does."""
-    monkeypatch.setattr(solve_queue, "solves_beside", lambda device: True)
+    """A CPU solves in other threads too, as an accelerator does."""
+    monkeypatch.setattr(solve_queue, "batches_beside", lambda *_: 2)
 
 
-def test_what_is_solved_beside_is_what_is_solved_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, threads, solve = run(), set(), LayerSolver.solve
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_is_solved_beside_is_what_is_solved_in_turn(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    expected, threads, solve = run(), [], LayerSolver.solve
+    together = threading.Barrier(count)
 
     def watched(self: LayerSolver, *arguments: Any) -> Any:
-        threads.add(threading.current_thread())
+        threads.append(threading.current_thread())
+        if len(threads) <= count:
+            # Only where so many are solved at once do they all come here.
+            together.wait(timeout=60)
         return solve(self, *arguments)
 
     monkeypatch.setattr(LayerSolver, "solve", watched)
-    monkeypatch.setattr(solve_queue, "solves_beside", lambda device: True)
+    monkeypatch.setattr(solve_queue, "batches_beside", lambda *_: count)
     assert_same(run(), expected)
-    assert threading.main_thread() not in threads and len(threads) == 1
+    assert threading.main_thread() not in threads and len(set(threads)) == count
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -67,8 +72,8 @@ def test_an_error_comes_out_and_nothing_is_left_running(monkeypatch: pytest.Monk
 
 
 def test_a_plan_counts_what_is_solved_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    def peak(beside: bool) -> int:
-        monkeypatch.setattr(phases, "solves_beside", lambda device: beside)
+    def peak(beside: int) -> int:
+        monkeypatch.setattr(solve_queue, "batches_beside", lambda *_: beside)
         queue = phases._Queue(torch.device("cpu"), 1)
         for number in range(3):
             (layer,) = group(64, shared=number)
@@ -80,5 +85,13 @@ def test_a_plan_counts_what_is_solved_beside(monkeypatch: pytest.MonkeyPatch) ->
         return queue.peak
 
     # One layer at a time: what it shares and keeps, and the solver's; beside it the next one is prepared.
-    assert peak(beside=False) == 2 + 5 + 11
-    assert peak(beside=True) == 2 + 5 + 11 + 7
+    assert peak(beside=0) == 2 + 5 + 11
+    assert peak(beside=1) == 2 + 5 + 11 + 7
+    assert peak(beside=2) == 2 * (2 + 5 + 11) + 7
+
+
+def test_where_memory_is_scarce_one_batch_is_solved_at_a_time() -> None:
+    cuda = torch.device("cuda")
+    assert solve_queue.batches_beside(cuda) == solve_queue.batches_beside(cuda, WAITING_BYTES) == 2
+    assert solve_queue.batches_beside(cuda, WAITING_BYTES - 1) == 1
+    assert solve_queue.batches_beside(torch.device("cpu")) == 0

@@ -152,15 +152,36 @@ def estimate_memory(
         TargetError: PEFT finds nothing to adapt.
         PluginError: A component raised on a small layer.
     """
-    limit = limit_in_bytes(max_memory)
-    for name, value in (("max_memory", limit), ("throughput", throughput)):
+    from lora_da_core import adapter
+
+    limits = Limits(limit_in_bytes(max_memory), host_memory)
+    lora = adapter.chosen_config(model, peft_config, "default")
+    targets = adapter.resolve_targets(model, lora, unsupported=pipeline.config.unsupported)
+    planned = PlannedModel(model, targets, pipeline, workload or Workload(), _device_of(model, device))
+    return plan_of(planned, limits, throughput=throughput, by_block=by_block)
+
+
+def plan_of(planned: PlannedModel, limits: Limits, *, throughput: float | None = None, by_block: bool = True) -> Plan:
+    """The plan of a model whose layers are known.
+
+    Args:
+        planned: The model.
+        limits: What the run keeps within.
+        throughput: As `estimate_memory` takes it.
+        by_block: As `estimate_memory` takes it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        OptionError: The limit or the throughput is not above 0.
+    """
+    for name, value in (("max_memory", limits.device), ("throughput", throughput)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise OptionError(f"{name} is {value}; it must be above 0.")
-    limits = Limits(limit, host_memory)
-    planned = PlannedModel(model, peft_config, pipeline, workload or Workload(), _device_of(model, device))
     found = best_division(planned, limits, by_block=by_block)
     layers, parts, sweep = found.layers, found.parts, found.sweep
-    each = pipeline.components.estimator.passes
+    each = planned.pipeline.components.estimator.passes
     units = each * found.relative_time
     return Plan(
         peak_bytes=found.peak,
@@ -182,7 +203,7 @@ def estimate_memory(
         waiting_bytes=found.waiting,
         batch_size=layers.workload.batch.samples,
         batch_tokens=layers.workload.batch.samples * layers.workload.batch.tokens,
-        max_memory=limit,
+        max_memory=limits.device,
         fits=found.fits,
         rows=tuple(found.rows),
         notes=(*planned.notes, *_why_passes(found, by_block), *(() if found.fits else (_advice(found),))),

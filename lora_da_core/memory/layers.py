@@ -25,8 +25,7 @@ from lora_da_core.sources import reason
 from lora_da_core.types import LayerSpec, StatisticsDevice
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
-
+    from lora_da_core.adapter import Targets
     from lora_da_core.pipeline import Pipeline
 
 
@@ -35,29 +34,19 @@ class PlannedModel:
 
     Args:
         model: As `estimate_memory` takes it.
-        peft_config: As `estimate_memory` takes it.
+        targets: The layers that the adapter adapts.
         pipeline: The pipeline that will run.
         workload: The data.
         device: Where it will run.
-
-    Raises:
-        TargetError: PEFT finds nothing to adapt.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: LoraConfig | None,
-        pipeline: Pipeline,
-        workload: Workload,
-        device: torch.device,
+        self, model: nn.Module, targets: Targets, pipeline: Pipeline, workload: Workload, device: torch.device
     ) -> None:
         from lora_da_core import adapter
 
         self.model, self.pipeline, self.workload, self.device = model, pipeline, workload, device
-        lora = adapter.chosen_config(model, peft_config, "default")
         parts, config = pipeline.components, pipeline.config
-        targets = adapter.resolve_targets(model, lora, unsupported=config.unsupported)
         self.base = adapter.base_of(model)
         self.specs: Sequence[LayerSpec] = targets.specs
         parts.check_layers(self.specs)

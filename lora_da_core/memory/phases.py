@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from lora_da_core import solve_queue
 from lora_da_core.memory.activations import Activations, BlockBytes
 from lora_da_core.memory.workspace import Workspace
-from lora_da_core.solve_queue import solves_beside
 from lora_da_core.solving import WAITING_BYTES, batch_size
 from lora_da_core.types import LayerSpec
 
@@ -264,7 +265,7 @@ class _Queue:
         """By group, the bytes that its prepared layers share; they go when none of them waits any more."""
         self._open: int | None = None
         self._waiting: dict[tuple[int, int], list[tuple[int, LayerBytes]]] = {}
-        self._solving: list[tuple[int, LayerBytes]] = []
+        self._solving: deque[list[tuple[int, LayerBytes]]] = deque()
 
     def prepare(self, group: int, layer: LayerBytes) -> None:
         """One layer's Fisher; where enough layers of its shape wait, they are solved."""
@@ -292,26 +293,31 @@ class _Queue:
         for alike in self._waiting.values():
             if alike:
                 self._solve(alike)
-        self._land()
+        while self._solving:
+            self._land()
 
     def _solve(self, alike: list[tuple[int, LayerBytes]]) -> None:
-        """Solves layers; on some devices they are there until the next ones are to be solved."""
-        self._land()
-        self._solving = list(alike)
+        """Solves layers; on some devices they are there until further ones are to be solved."""
+        batch = list(alike)
         alike.clear()
-        self._live += sum(layer.workspace.solve for _, layer in self._solving)
+        most = solve_queue.batches_beside(self._device, self._waiting_bytes)
+        while self._solving and len(self._solving) >= most:
+            self._land()
+        self._solving.append(batch)
+        self._live += sum(layer.workspace.solve for _, layer in batch)
         self._reach(0)
-        if not solves_beside(self._device):
+        if not most:
             self._land()
 
     def _land(self) -> None:
-        solved, self._solving = self._solving, []
+        """Lets go of the oldest batch that is being solved."""
+        solved = self._solving.popleft()
         self._live -= sum(layer.workspace.kept + layer.workspace.solve for _, layer in solved)
         for group in {group for group, _ in solved}:
             self._release(group)
 
     def _release(self, group: int) -> None:
-        held = (self._solving, *self._waiting.values())
+        held = (*self._solving, *self._waiting.values())
         if group != self._open and not any(group == owner for alike in held for owner, _ in alike):
             self._live -= self._shared.pop(group, 0)
 

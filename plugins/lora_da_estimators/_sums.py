@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_da_core.interfaces import Accumulator
-from lora_da_core.operators import add_product
+from lora_da_core.operators import add_gram, mirror_lower
 
 SECOND_MOMENT = "second_moment"
 """Key of Σ v vᵀ."""
@@ -26,17 +26,29 @@ class NoSums(Accumulator):
         return {}
 
 
-class InputSecondMoment(Accumulator):
-    """Σ x xᵀ over tokens, (in, in)."""
+class SecondMoment(Accumulator):
+    """Σ v vᵀ over tokens, (size, size)."""
 
     def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
         self.total = torch.zeros(size, size, device=device, dtype=dtype)
+        self._mirrored = True
 
-    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        add_product(self.total, inputs, inputs)
+    def _add(self, rows: Tensor) -> None:
+        add_gram(self.total, rows)
+        self._mirrored = False
 
     def statistics(self) -> dict[str, Tensor]:
+        if not self._mirrored:
+            mirror_lower(self.total)
+            self._mirrored = True
         return {SECOND_MOMENT: self.total}
+
+
+class InputSecondMoment(SecondMoment):
+    """Σ x xᵀ over tokens, (in, in)."""
+
+    def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
+        self._add(inputs)
 
 
 class InputCounts(Accumulator):
@@ -52,18 +64,11 @@ class InputCounts(Accumulator):
         return {COUNTS: self.total}
 
 
-class OutputSecondMoment(Accumulator):
+class OutputSecondMoment(SecondMoment):
     """Σ g gᵀ over tokens, (out, out)."""
 
-    def __init__(self, size: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.total = torch.zeros(size, size, device=device, dtype=dtype)
-
     def update(self, inputs: Tensor, output_grads: Tensor | None, example: Tensor) -> None:
-        block = required(output_grads)
-        add_product(self.total, block, block)
-
-    def statistics(self) -> dict[str, Tensor]:
-        return {SECOND_MOMENT: self.total}
+        self._add(required(output_grads))
 
 
 class OutputSquares(Accumulator):
