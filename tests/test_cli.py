@@ -206,6 +206,16 @@ def test_targets_that_are_not_there_are_refused_before_weights_are_read(world, n
     assert "gate_proj" in outcome.stderr and not (world / "new").exists()
 
 
+def test_targets_that_are_all_excluded_are_refused_by_the_name_of_what_excludes_them(world, no_loading):
+    for targets, excluded in (("all-linear", ".*"), ("q_proj,v_proj", "v_proj,q_proj,up_proj")):
+        chosen = ("--target-modules", targets, "--exclude-modules", excluded)
+        outcome = run(world, *INIT, "--output", "new", *chosen)
+        assert outcome.exit_code == 1 and outcome.stderr.count("\n") == 1, outcome.output
+        assert outcome.stderr.startswith("error: exclude_modules ['") and "exclude fewer" in outcome.stderr
+    outcome = run(world, *INIT, "--output", "new", "--target-modules", "nosuch", "--exclude-modules", ".*")
+    assert outcome.stderr.startswith("error: target_modules ['nosuch'] cannot be adapted."), outcome.output
+
+
 def test_a_target_that_is_not_there_beside_one_that_is_stands_in_the_notes(world):
     outcome = run(
         world, *INIT, "--output", "partly", "--rank", "2", "--samples", "8", "--target-modules", "q_proj,vproj"

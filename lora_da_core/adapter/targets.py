@@ -27,6 +27,9 @@ from lora_da_core.types import LayerSpec, Unsupported
 SKELETON = "default"
 """The adapter's name on a skeleton, whatever the real one will be called."""
 
+_REFUSALS = (TypeError, ValueError, re.error)
+"""What PEFT raises of a configuration that does not fit the model."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -237,24 +240,49 @@ def _check_tying(peft_config: LoraConfig, layers: Mapping[str, LoraLayer], adapt
 
 
 def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
-    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
-    tensors: Iterable[Tensor] = itertools.chain(base.parameters(), base.buffers())
     try:
-        with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clone = copied_tree(base, {id(tensor): tensor for tensor in tensors})
-            get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
-        return clone
-    except (TypeError, ValueError, re.error) as error:
+        return _injected(base, peft_config)
+    except _REFUSALS as error:
         raise TargetError(_no_match(base, peft_config, error)) from error
 
 
+def _injected(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
+    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
+    tensors: Iterable[Tensor] = itertools.chain(base.parameters(), base.buffers())
+    with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clone = copied_tree(base, {id(tensor): tensor for tensor in tensors})
+        get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
+    return clone
+
+
 def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str:
-    targets = peft_config.target_modules
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    wanted = _listed(peft_config.target_modules)
+    if not isinstance(error, re.error) and _excludes_all(base, peft_config):
+        return (
+            f"exclude_modules {_listed(peft_config.exclude_modules)} leaves none of the layers that target_modules "
+            f"{wanted} names; exclude fewer of them."
+        )
     endings = sorted(
         {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in CLASSES}
     )
     close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
     hint = f"Closest: {', '.join(close)}. " if close else ""
     return f"target_modules {wanted} cannot be adapted. {hint}Layers here: {', '.join(endings)}. PEFT says: {error}"
+
+
+def _excludes_all(base: nn.Module, peft_config: LoraConfig) -> bool:
+    """Whether PEFT takes the configuration as soon as it excludes nothing."""
+    if not peft_config.exclude_modules:
+        return False
+    including = copy.deepcopy(peft_config)
+    including.exclude_modules = None
+    try:
+        _injected(base, including)
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _listed(names: Iterable[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or ())
