@@ -159,6 +159,7 @@ def test_wrong_use_is_one_line_and_status_2_before_anything_is_loaded(world, no_
         ('token-mask = "all"', "choose one of labels, attention"),
         ("token-mask = 'labels'\ntoken_mask = 'labels'", "given twice"),
         ('rank = "four"', "Invalid value for '--rank'"),
+        ("cache-dir = ''", "Invalid value for '--cache-dir': the path is empty"),
     ],
 )
 def test_wrong_config_file_is_one_line_and_status_2(world, no_loading, tmp_path, content, message):

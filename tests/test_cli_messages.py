@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,20 @@ def lora_da(*arguments: str, **environment: str) -> Any:
     return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "80", **environment}).invoke(app, arguments)
 
 
+EMPTY = (
+    "init --model model --data data.jsonl --output",
+    "init --model model --data data.jsonl --output new --config",
+    "init --model model --data data.jsonl --output new --cache-dir",
+    "init --model model --data data.jsonl --output new --offload-dir",
+    "inspect",
+    "inspect run --plot",
+    "verify",
+    "verify run --numerics --cache-dir",
+    "ablate grid.toml --output",
+    "ablate --output new",
+)
+"""Commands that an empty path completes."""
+
 TABLE = [
     ("inspect", WRONG, "Missing argument 'DIR'"),
     ("inspect nosuch", FAILED, "nosuch/lora_da_report.json does not exist; give a directory that 'lora-da init' wrote"),
@@ -91,16 +106,20 @@ TABLE = [
     ("ablate grid.toml --output new --jobs some", WRONG, "Invalid value for '--jobs'"),
     ("ablate grid.toml --output new --executor slurm", WRONG, "it must be 'local' or 'ray'"),
     ("ablate grid.toml --output new --data nosuch.jsonl", FAILED, "data file 'nosuch.jsonl' does not exist"),
+    *((f"{line} ''", WRONG, "the path is empty; '.' is the working directory") for line in EMPTY),
     ("innit", WRONG, "Did you mean 'init'? See --help."),
     ("--nosuch", WRONG, "No such option: --nosuch. See --help."),
 ]
-"""Commands, exit codes and part of the one line that says what is wrong; `init` and `plan` are in test_cli.py."""
+"""Commands, exit codes and part of the one line that says what is wrong.
+
+Those of `init` and `plan` are in test_cli.py, but for empty paths.
+"""
 
 
 @pytest.mark.parametrize(("line", "status", "message"), TABLE, ids=[line for line, _, _ in TABLE])
 def test_what_is_wrong_is_one_line(desk: Path, line: str, status: int, message: str) -> None:
     there = sorted(desk.rglob("*"))
-    outcome = lora_da(*line.split())
+    outcome = lora_da(*shlex.split(line))
     assert outcome.exit_code == status, outcome.output
     last = outcome.stderr.splitlines()[-1]
     assert last.startswith("error: ") and message in last, last

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import ExitCode
+from lora_da_core.cli_options import ExitCode, path
 from lora_da_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 class AblateOptions:
     """Everything `lora-da ablate` is told."""
 
-    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="The grid: what is run and what is varied.")]
-    output: Annotated[Path, typer.Option(help="Directory of the results; a run that was cut off there goes on.")]
+    grid: Annotated[
+        Path, typer.Argument(parser=path, metavar="GRID.toml", help="The grid: what is run and what is varied.")
+    ]
+    output: Annotated[
+        Path, typer.Option(parser=path, help="Directory of the results; a run that was cut off there goes on.")
+    ]
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many cells there are, and how long they would take.")
     ] = False
