@@ -50,9 +50,7 @@ def check_data(path: Path) -> None:
             if kind is not None:
                 raise DataError(f"data file '{file}' is a {kind} archive; unpack it and give what it holds.")
             if file.suffix.lower() in _TEXT:
-                _check_encoding(file)
-            if file.suffix.lower() in _JSON and _depth(file) > DEEPEST:
-                raise DataError(f"data file '{file}' is nested deeper than {DEEPEST} levels; rows hold text.")
+                _check_text(file)
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}.") from error
 
@@ -71,37 +69,54 @@ def _archive(path: Path) -> str | None:
     return next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
 
 
-def _check_encoding(path: Path) -> None:
-    """Refuses text in another encoding than UTF-8, which readers pass on until a row is looked at."""
-    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while True:
-            chunk = file.read(_CHUNK)
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                place = before - pending + error.start
-                raise DataError(
-                    f"data file '{path}' is not UTF-8 at byte {place}; convert it, for instance by "
-                    "'iconv -f LATIN1 -t UTF-8', and give the result."
-                ) from error
-            if not chunk:
-                return
-            before += len(chunk)
-
-
-def _depth(path: Path) -> int:
-    """How deeply brackets nest outside of strings, over the whole file: within a value a line break ends nothing."""
-    level, deepest, rest = 0, 0, b""
+def _check_text(path: Path) -> None:
+    encoding = _Encoding(path)
+    nesting = _Nesting() if path.suffix.lower() in _JSON else None
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            bare = _STRING.sub(b"", rest + chunk)
-            quote = bare.find(b'"')  # a string that goes on in the next chunk
-            bare, rest = (bare, b"") if quote < 0 else (bare[:quote], bare[quote:])
-            brackets = np.frombuffer(bare.translate(None, delete=_NO_BRACKETS), dtype=np.uint8)
-            if len(brackets):
-                opening = (brackets == ord("[")) | (brackets == ord("{"))
-                levels = level + np.cumsum(np.where(opening, 1, -1))
-                level, deepest = int(levels[-1]), max(deepest, int(levels.max()))
-    return deepest
+            encoding.read(chunk)
+            if nesting is not None:
+                nesting.read(chunk)
+    encoding.read(b"", last=True)
+    if nesting is not None and nesting.deepest > DEEPEST:
+        raise DataError(f"data file '{path}' is nested deeper than {DEEPEST} levels; rows hold text.")
+
+
+class _Encoding:
+    """Refuses text in another encoding than UTF-8, which readers pass on until a row is looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._before = 0
+
+    def read(self, chunk: bytes, *, last: bool = False) -> None:
+        pending = len(self._decoder.getstate()[0])
+        try:
+            self._decoder.decode(chunk, final=last)
+        except UnicodeDecodeError as error:
+            place = self._before - pending + error.start
+            raise DataError(
+                f"data file '{self._path}' is not UTF-8 at byte {place}; convert it, for instance by "
+                "'iconv -f LATIN1 -t UTF-8', and give the result."
+            ) from error
+        self._before += len(chunk)
+
+
+class _Nesting:
+    """How deeply brackets nest outside of strings, over the whole file: within a value a line break ends nothing."""
+
+    def __init__(self) -> None:
+        self.deepest = 0
+        self._level = 0
+        self._rest = b""
+
+    def read(self, chunk: bytes) -> None:
+        bare = _STRING.sub(b"", self._rest + chunk)
+        quote = bare.find(b'"')  # a string that goes on in the next chunk
+        bare, self._rest = (bare, b"") if quote < 0 else (bare[:quote], bare[quote:])
+        brackets = np.frombuffer(bare.translate(None, delete=_NO_BRACKETS), dtype=np.uint8)
+        if len(brackets):
+            opening = (brackets == ord("[")) | (brackets == ord("{"))
+            levels = self._level + np.cumsum(np.where(opening, 1, -1))
+            self._level, self.deepest = int(levels[-1]), max(self.deepest, int(levels.max()))
