@@ -27,7 +27,10 @@ Sample = dict[str, list[int]]
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-_ROWS_NAMED = 10
+_NO_ROWS = "corresponds to no data"
+"""What `datasets` says of a split that it knows and that has none."""
+
+_ROWS_NAMED, _COLUMNS_NAMED = 10, 4
 
 
 class Rows(Protocol):
@@ -122,7 +125,7 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
         check_data(path)
     elif is_kind(path, "directory"):
         check_data(path)
-        arguments = {"path": str(path)}
+        arguments = {"path": str(path.resolve())}  # '.' alone is no name to the library
     elif looks_like_path(str(source), _BUILDERS):
         raise DataError(f"data file '{source}' does not exist. {nearby(path, _BUILDERS)}")
     else:
@@ -153,11 +156,23 @@ def _load(source: str, arguments: Mapping[str, Any], split: str) -> Rows:
         with _quiet() if "data_files" in arguments else nullcontext():
             rows: Rows = datasets.load_dataset(**arguments, split=split)
     except Exception as error:  # whatever the library and its readers raise, the user needs the same answer
+        if _NO_ROWS in str(error):
+            return []
         raise DataError(
-            f"data set '{source}' (split '{split}') cannot be read: {reason(error)} "
+            f"data set '{source}' (split '{split}') cannot be read: {_why(error)} "
             "Give a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub."
         ) from error
     return rows
+
+
+def _why(error: Exception) -> str:
+    from datasets.table import CastError
+
+    found = error.__cause__
+    if not isinstance(found, CastError):
+        return reason(error)
+    odd = sorted({*found.table_column_names} ^ {*found.requested_column_names})[:_COLUMNS_NAMED]
+    return f"not all of its rows have the same columns; some lack {', '.join(map(repr, odd))}."
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a data file may be: UTF-8, no archive, which is unpacked unasked, and nested no deeper than its reader bears."""
+"""What data may be: UTF-8, no archive, which is unpacked unasked, nested no deeper than its reader bears; no model."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ _ARCHIVES = {
 }
 """How files begin that `datasets` unpacks, whatever they are called."""
 
+_MODELS = ("config.json", "adapter_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""What a directory of a saved model or adapter holds."""
+
+_NO_SETTINGS = (".jsonl", ".csv", ".parquet")
+"""Data files that no model is saved with."""
+
 _TAR = (257, b"ustar")
 _JSON = (".json", ".jsonl")
 _TEXT = (*_JSON, ".csv")
@@ -38,12 +45,16 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 def check_data(path: Path) -> None:
     """Refuses a data file, or a directory that holds one, that is an archive, not UTF-8 or nested too deeply.
 
+    A directory of a saved model without other data is refused as well: its JSON files would be read for rows.
+
     Args:
         path: A file or a directory.
 
     Raises:
         DataError: Naming the file.
     """
+    if path.is_dir():
+        _check_directory(path)
     for file in _files(path):
         try:
             kind = _archive(file)
@@ -53,6 +64,17 @@ def check_data(path: Path) -> None:
                 _check_text(file)
         except OSError as error:
             raise DataError(f"data file '{file}' cannot be read: {error.strerror or error}.") from error
+
+
+def _check_directory(path: Path) -> None:
+    names = sorted(entry.name for entry in path.glob("*"))
+    settings = [name for name in names if name in _MODELS]
+    weights = [name for name in names if Path(name).suffix in _WEIGHTS]
+    if settings and weights and not any(file.suffix.lower() in _NO_SETTINGS for file in _files(path)):
+        raise DataError(
+            f"'{path}' holds a saved model ({settings[0]}, {weights[0]}) and no data; give a .jsonl, .json, .csv or "
+            ".parquet file, a directory of such files, or the id of a data set on the hub."
+        )
 
 
 def _files(path: Path) -> Iterator[Path]:

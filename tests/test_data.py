@@ -81,6 +81,31 @@ class TestLoadRows:
         with pytest.raises(DataError, match=r"problem\.jsonl' does not exist.*problems\.jsonl"):
             load_rows(str(tmp_path / "problem.jsonl"))
 
+    @pytest.mark.parametrize("settings", ["config.json", "adapter_config.json"])
+    def test_a_saved_model_is_no_data(self, tmp_path, settings):
+        for name in (settings, "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(json.dumps({name: 8}))
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        message = rf"holds a saved model \({settings}, model.safetensors\) and no data; give a \.jsonl"
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path)
+
+    def test_data_beside_a_model_s_weights_is_read(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert len(load_rows(write(tmp_path / "rows.jsonl", QA).parent)) == len(QA)
+
+    def test_files_of_different_columns(self, tmp_path):
+        write(tmp_path / "a.jsonl", QA)
+        write(tmp_path / "b.jsonl", [{"question": "q", "reply": "a"}])
+        with pytest.raises(DataError, match=r"not all of its rows have the same columns; some lack .*'reply'"):
+            load_rows(tmp_path)
+
+    def test_the_working_directory(self, tmp_path, monkeypatch):
+        write(tmp_path / "rows.jsonl", QA)
+        monkeypatch.chdir(tmp_path)
+        assert len(load_rows(".")) == len(QA)
+
     def test_missing_folder(self, tmp_path):
         with pytest.raises(DataError, match="There is no folder"):
             load_rows(str(tmp_path / "nowhere" / "problem.jsonl"))
@@ -90,7 +115,8 @@ class TestLoadRows:
         [
             ("rows.jsonl", b"", "is empty"),
             ("rows.jsonl", b'{"question": "a", "answer": ', "cannot be read: JSON parse error"),
-            ("rows.csv", b"question,answer\n", "no data"),
+            ("rows.csv", b"question,answer\n", "has no rows in split 'train'"),
+            ("rows.json", b"[]", "has no rows in split 'train'"),
             ("rows.csv", b"\xff\xfe\x00", "is not UTF-8 at byte 0"),
             ("rows.parquet", b"not a parquet file", "magic bytes"),
             ("rows.xlsx", b"text", "no known kind; .jsonl"),
