@@ -50,11 +50,6 @@ class LayerNumerics:
     condition: float
     remedies: tuple[str, ...]
 
-    @property
-    def passed(self) -> bool:
-        """Whether all deviations are within `LIMIT`."""
-        return max(self.orthogonality, self.residual, abs(self.excess), self.inversion) <= LIMIT
-
 
 def recomputed(
     pipeline: Pipeline, estimates: Estimates, factors: Mapping[str, LoraFactors], report: RunReport
