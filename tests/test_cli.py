@@ -704,16 +704,36 @@ def test_plain_progress_without_a_total_stays_short():
     progress = PlainProgress(lines.append, clock=lambda: 0.0)
     for done in range(1, 5000):
         progress("scale", done, 0)
-    assert lines == [f"scale: {2**power} so far, 0.0 s" for power in range(LINES_PER_PHASE)]
+    counts = [f"{2**power} losses" for power in range(1, LINES_PER_PHASE)]
+    assert lines == [f"scale: {count}, 0.0 s" for count in ("1 loss", *counts)]
+    progress.close()
+    assert lines[LINES_PER_PHASE:] == ["scale: 4999 losses, 0.0 s"]
+
+
+def test_plain_progress_says_a_last_count_once():
+    lines = []
+    progress = PlainProgress(lines.append, clock=lambda: 0.0)
+    for done in range(1, 5):
+        progress("scale", done, 0)
+    progress("solve", 1, 2)
+    progress.close()
+    assert lines == ["scale: 1 loss, 0.0 s", "scale: 2 losses, 0.0 s", "scale: 4 losses, 0.0 s", "solve: 1/2, 0.0 s"]
 
 
 def test_a_bar_without_a_total_counts_and_does_not_ask():
     console = Console(width=100)
     bars = Progress(Counts(), console=console)
-    LiveProgress(bars)("scale", 4, 0)
+    live = LiveProgress(bars)
+    for done, text in ((1, "1 loss"), (4, "4 losses")):
+        live("scale", done, 0)
+        with console.capture() as shown:
+            console.print(bars)
+        assert shown.get().strip() == text
+    live.close()
+    assert bars.finished
     with console.capture() as shown:
         console.print(bars)
-    assert shown.get().strip() == "4 so far"
+    assert shown.get().strip() == "4 losses"
 
 
 def test_terminal_gets_bars_with_counts(tmp_path):
@@ -725,4 +745,4 @@ def test_terminal_gets_bars_with_counts(tmp_path):
             on_progress("scale", 1, 0)
             logging.getLogger("lora_da_core.pipeline").warning("a [sentence] with %s", "brackets")
     text = (tmp_path / "screen").read_text(encoding="utf-8")
-    assert "3/3" in text and "1/1" in text and "warning: a [sentence] with brackets" in text
+    assert "3/3" in text and "1 loss" in text and "warning: a [sentence] with brackets" in text
