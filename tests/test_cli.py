@@ -225,6 +225,16 @@ def test_a_target_that_is_not_there_beside_one_that_is_stands_in_the_notes(world
     assert "no module has these names of target_modules: vproj" in " ".join(outcome.output.split())
 
 
+@pytest.mark.parametrize("excluded", ["kproj", "kproj,v_proj", "[.]q_proj"])
+def test_an_exclusion_that_fits_no_module_stands_in_the_notes(world, recwarn, excluded):
+    chosen = ("--target-modules", "q_proj,v_proj", "--exclude-modules", excluded)
+    outcome = run(world, *INIT, "--output", "kept", "--overwrite", "--rank", "2", "--samples", "8", *chosen)
+    assert outcome.exit_code == 0, outcome.output
+    missing = excluded.removesuffix(",v_proj")
+    assert f"no module has these names of exclude_modules: {missing}" in " ".join(outcome.output.split())
+    assert [str(each.message) for each in recwarn if "exclude_modules" in str(each.message)] == []
+
+
 def test_debug_adds_the_traceback_wherever_it_stands(world):
     for arguments in (("--debug", "inspect", "missing"), ("inspect", "missing", "--debug")):
         outcome = run(world, *arguments)

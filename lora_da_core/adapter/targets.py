@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,16 +39,15 @@ class Targets:
     modules: Mapping[str, nn.Module]
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reason by name of the module."""
-    unmatched: tuple[str, ...] = ()
-    """Names of a list that no module has, while others were found: PEFT passes over them in silence."""
+    unmatched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By `target_modules` and `exclude_modules`, what fits no module while layers are adapted: PEFT passes over it."""
 
     @property
     def notes(self) -> list[str]:
         """What is skipped, for the report."""
         skipped = [f"left at PEFT's own initialisation: {name} ({reason})" for name, reason in self.skipped.items()]
-        if not self.unmatched:
-            return skipped
-        return [f"no module has these names of target_modules: {', '.join(self.unmatched)}", *skipped]
+        unmatched = [f"no module has these names of {key}: {', '.join(names)}" for key, names in self.unmatched.items()]
+        return [*unmatched, *skipped]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -187,12 +186,19 @@ def resolve_targets(
     return Targets(tuple(specs), modules, skipped, _unmatched(peft_config, named))
 
 
-def _unmatched(peft_config: LoraConfig, names: Iterable[str]) -> tuple[str, ...]:
-    """The entries of a list of targets that end no module's name."""
-    targets = peft_config.target_modules
-    wanted = [] if targets is None or isinstance(targets, str) else sorted(targets)
-    dotted = [f".{name}" for name in names]
-    return tuple(each for each in wanted if not any(name.endswith(f".{each}") for name in dotted))
+def _unmatched(peft_config: LoraConfig, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Names that end no module's, and a regex of what is excluded that fits none; one of targets must fit some."""
+    targets, excluded = peft_config.target_modules, peft_config.exclude_modules
+    found = {"target_modules": () if isinstance(targets, str) else _in_no_name(targets or (), names)}
+    if not isinstance(excluded, str):
+        found["exclude_modules"] = _in_no_name(excluded or (), names)
+    elif excluded and not any(re.fullmatch(excluded, name) for name in names):
+        found["exclude_modules"] = (excluded,)
+    return {key: each for key, each in found.items() if each}
+
+
+def _in_no_name(endings: Iterable[str], names: Collection[str]) -> tuple[str, ...]:
+    return tuple(each for each in sorted(endings) if not any(f".{name}".endswith(f".{each}") for name in names))
 
 
 def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
