@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_da_core.batches import TOKENS_PER_BATCH, filled
 from lora_da_core.data_files import check_data
 from lora_da_core.errors import DataError, OptionError
-from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, nearby, reason
+from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, missing, reason
 from lora_da_core.templates import Passage, RowFormat, row_format
 
 IGNORED = -100
@@ -29,6 +29,9 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parq
 
 _NO_ROWS = "corresponds to no data"
 """What `datasets` says of a split that it knows and that has none."""
+
+_OF_SPLIT = ("Unknown split", "Split name", "Unrecognized instruction")
+"""How it begins to say that a split is wrong, not the data."""
 
 _ROWS_NAMED, _COLUMNS_NAMED = 10, 4
 
@@ -127,7 +130,7 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
         check_data(path)
         arguments = {"path": str(path.resolve())}  # '.' alone is no name to the library
     elif looks_like_path(str(source), _BUILDERS):
-        raise DataError(f"data file '{source}' does not exist. {nearby(path, _BUILDERS)}")
+        raise DataError(missing("data file", source, _BUILDERS))
     else:
         name, _, configuration = str(source).partition(":")
         arguments = {"path": name, "name": configuration or None}
@@ -158,10 +161,11 @@ def _load(source: str, arguments: Mapping[str, Any], split: str) -> Rows:
     except Exception as error:  # whatever the library and its readers raise, the user needs the same answer
         if _NO_ROWS in str(error):
             return []
-        raise DataError(
-            f"data set '{source}' (split '{split}') cannot be read: {_why(error)} "
-            "Give a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub."
-        ) from error
+        why = _why(error)
+        advice = "a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub"
+        if why.startswith(_OF_SPLIT):
+            advice = "another split, such as 'train' or 'train[:1000]'"
+        raise DataError(f"data set '{source}' (split '{split}') cannot be read: {why} Give {advice}.") from error
     return rows
 
 

@@ -106,6 +106,21 @@ class TestLoadRows:
         monkeypatch.chdir(tmp_path)
         assert len(load_rows(".")) == len(QA)
 
+    @pytest.mark.parametrize("split", ["test", "", "train[5"])
+    def test_a_wrong_split_is_answered_with_splits(self, tmp_path, split):
+        with pytest.raises(DataError, match=r"cannot be read: .* Give another split, such as 'train' or"):
+            load_rows(write(tmp_path / "rows.jsonl", QA), split=split)
+
+    def test_an_address_is_no_path(self):
+        with pytest.raises(DataError, match=r"^data file 'https://a\.example/b\.jsonl' is an address; give the id"):
+            load_rows("https://a.example/b.jsonl")
+
+    def test_a_missing_archive_is_not_looked_for_on_the_hub(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "rows.jsonl", QA)
+        with pytest.raises(DataError, match=r"'rows\.jsonl\.gz' does not exist\. In that folder there is: rows\.jsonl"):
+            load_rows("rows.jsonl.gz")
+
     def test_missing_folder(self, tmp_path):
         with pytest.raises(DataError, match="There is no folder"):
             load_rows(str(tmp_path / "nowhere" / "problem.jsonl"))
