@@ -363,6 +363,8 @@ def check_writable(directory: Path) -> None:
             raise StorageError(f"{directory} is a file; give a directory.")
         parents = [directory.absolute(), *directory.absolute().parents]
         parent = next(parent for parent in parents if parent.exists())
+        if not parent.is_dir():
+            raise StorageError(f"{directory} cannot be created: {parent} is a file; give another directory.")
     except (OSError, ValueError) as error:  # a name that the file system does not take
         raise StorageError(f"{directory} cannot be created: {error}") from error
     _try_writing(parent, "" if parent == parents[0] else f"{directory} cannot be created: ")

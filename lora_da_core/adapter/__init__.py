@@ -108,6 +108,8 @@ def lora_config(
         raise OptionError(f"rank is {rank}; it must be at least 1.")
     if not (math.isfinite(lora_alpha) and lora_alpha > 0):
         raise OptionError(f"lora_alpha is {lora_alpha}; it must be a finite number above 0.")
+    if not target_modules:
+        raise OptionError("target_modules is empty; give 'all-linear', endings of names, or a regular expression.")
     for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if isinstance(value, str):
             _check_regex(option, value)
