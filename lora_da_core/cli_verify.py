@@ -131,7 +131,10 @@ def _recomputed(options: InitOptions, held: Mapping[str, LoraFactors], report: R
     parts = assembled(requested(options))
     cache = options.cache_dir
     if cache is not None and not cache.is_dir():
-        raise OptionError(f"the cache {cache} does not exist; give --cache-dir, or the data of the run.")
+        raise OptionError(
+            f"the cache {cache} does not exist; give where it is by --cache-dir, or an empty directory there, and the "
+            "statistics are taken from the data again."
+        )
     estimates = parts.pipeline.estimate(parts.loaded.model, parts.batches, parts.lora, cache_dir=cache)
     return recomputed(parts.pipeline, estimates, held, report)
 

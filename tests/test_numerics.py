@@ -188,7 +188,7 @@ def test_the_command_recomputes_from_the_cache_or_from_the_data(finished: Path, 
     assert "remedies in 7 of 7 layers:" in cached.output
     assert "  model.layers.0.self_attn.q_proj: input factor Z: damping" in cached.output
     fresh = verify(finished, "--cache-dir", str(finished.with_name("other")))
-    assert fresh.exit_code == 2 and "does not exist" in fresh.output
+    assert fresh.exit_code == 2 and "does not exist; give where it is by --cache-dir" in fresh.output
     (finished.with_name("empty")).mkdir()
     computed = verify(finished, "--cache-dir", str(finished.with_name("empty")))
     assert computed.exit_code == 0, computed.output
