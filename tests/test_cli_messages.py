@@ -33,6 +33,7 @@ def desk(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     (folder / "bad.toml").write_text("rank = \n")
     (folder / "unknown.toml").write_text("[run]\nmodle = 'model'\n[grid]\nrank = [2]\n")
     (folder / "grid.toml").write_text("[run]\nmodel = 'model'\ndata = 'data.jsonl'\n[grid]\nestimator = ['identity']\n")
+    (folder / "blank.toml").write_text("[run]\nmodel = 'model'\ndata = ''\n[grid]\nrank = [2]\n")
     (folder / "odd").mkdir()
     (folder / "odd" / "lora_da_report.json").write_text("{}")
     before = Path.cwd()
@@ -102,6 +103,8 @@ TABLE = [
     ("ablate grid.toml --output /proc/self/fd", WRONG, "error: /proc/self/fd is not writable; give another directory."),
     ("ablate grid.toml --output odd", WRONG, "is not a grid's results; give another directory"),
     ("ablate grid.toml --output odd --dry-run", WRONG, "is not a grid's results; give another directory"),
+    ("ablate grid.toml --output new --model ''", WRONG, "error: --model is empty; leave it out to take the grid's."),
+    ("ablate blank.toml --output new", WRONG, "blank.toml [run]: data is ''; it must be a text that is not empty."),
     ("ablate grid.toml --output new --jobs 0", WRONG, "jobs is 0"),
     ("ablate grid.toml --output new --jobs some", WRONG, "Invalid value for '--jobs'"),
     ("ablate grid.toml --output new --executor slurm", WRONG, "it must be 'local' or 'ray'"),

@@ -53,6 +53,9 @@ def ablate(options: AblateOptions) -> None:
     from lora_da_core.ablation.runner import plan, run_grid
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data", "device")}
+    for name, value in given.items():
+        if value == "":
+            raise OptionError(f"--{name} is empty; leave it out to take the grid's.")
     given["trust_remote_code"] = options.trust_remote_code or None
     grid = read_grid(options.grid, **{name: value for name, value in given.items() if value is not None})
     if grid.run.trust_remote_code and not options.trust_remote_code:
@@ -69,7 +72,9 @@ def ablate(options: AblateOptions) -> None:
     with _notes_in_records():
         records = run_grid(grid, options.output, on_record=_tell, **how)
     failed = sum(record["status"] == FAILED for record in records)
-    typer.echo(f"{len(records)} cells, {failed} failed; report: {options.output / HTML}")
+    typer.echo(
+        f"{len(records)} {'cell' if len(records) == 1 else 'cells'}, {failed} failed; report: {options.output / HTML}"
+    )
     if failed == len(records):
         raise typer.Exit(ExitCode.FAILED)
 
