@@ -356,11 +356,13 @@ def check_writable(directory: Path) -> None:
         directory: Where something will be written.
 
     Raises:
-        StorageError: It is a file, or it or the nearest parent that exists is not writable.
+        StorageError: It is a file or a link to nothing, or it or the nearest parent that exists is not writable.
     """
     try:
         if directory.exists() and not directory.is_dir():
             raise StorageError(f"{directory} is a file; give a directory.")
+        if directory.is_symlink() and not directory.exists():
+            raise StorageError(f"{directory} is a link to what does not exist; give a directory.")
         parents = [directory.absolute(), *directory.absolute().parents]
         parent = next(parent for parent in parents if parent.exists())
         if not parent.is_dir():
