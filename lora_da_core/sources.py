@@ -126,7 +126,7 @@ def read_settings_file(path: Path) -> Any:
         content = file.read(LARGEST_SETTINGS + 1)
     if len(content) > LARGEST_SETTINGS:
         raise ValueError(f"it is larger than {LARGEST_SETTINGS} bytes")
-    text = content.decode("utf-8")
+    text = content.decode("utf-8-sig")  # editors of Windows begin a file with a mark
     try:
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except RecursionError as error:

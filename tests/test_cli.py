@@ -161,16 +161,17 @@ def test_wrong_use_is_one_line_and_status_2_before_anything_is_loaded(world, no_
         ('token-mask = "all"', "choose one of labels, attention"),
         ("token-mask = 'labels'\ntoken_mask = 'labels'", "given twice"),
         ('rank = "four"', "Invalid value for '--rank'"),
+        ("\ufeffrank = 0", "rank is 0"),
         ("cache-dir = ''", "Invalid value for '--cache-dir': the path is empty"),
     ],
 )
 def test_wrong_config_file_is_one_line_and_status_2(world, no_loading, tmp_path, content, message):
     path = tmp_path / "wrong.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     outcome = run(world, *INIT, "--output", "new", "--config", str(path))
     assert outcome.exit_code == 2
     assert message in outcome.stderr and outcome.stderr.count("\n") == 1
-    assert "wrong.toml" in outcome.stderr or "token" in content
+    assert "wrong.toml" in outcome.stderr or "token" in content or "rank = 0" in content
 
 
 def test_nothing_given_shows_the_help_and_status_2(world):
