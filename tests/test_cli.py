@@ -211,6 +211,16 @@ def test_targets_that_are_not_there_are_refused_before_weights_are_read(world, n
     assert "gate_proj" in outcome.stderr and not (world / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("targets", "closest"),
+    [("Q_PROJ", "Closest: q_proj"), ("q_proj,norm", "PEFT says: Target module LlamaRMSNorm"), ("k_prj,norm", "k_proj")],
+)
+def test_names_are_suggested_for_those_that_are_not_there_alone(world, no_loading, targets, closest):
+    outcome = run(world, *INIT, "--output", "new", "--target-modules", targets)
+    assert outcome.exit_code == 1 and closest in outcome.stderr, outcome.output
+    assert ("Closest" in outcome.stderr) == (targets != "q_proj,norm")
+
+
 def test_targets_that_are_all_excluded_are_refused_by_the_name_of_what_excludes_them(world, no_loading):
     for targets, excluded in (("all-linear", ".*"), ("q_proj,v_proj", "v_proj,q_proj,up_proj")):
         chosen = ("--target-modules", targets, "--exclude-modules", excluded)

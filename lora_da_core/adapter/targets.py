@@ -272,7 +272,9 @@ def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str
     endings = sorted(
         {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in CLASSES}
     )
-    close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
+    by_lower = {ending.lower(): ending for ending in endings}
+    odd = [name.lower() for name in wanted if name not in endings]
+    close = [by_lower[match] for name in odd for match in difflib.get_close_matches(name, by_lower, n=2)]
     hint = f"Closest: {', '.join(close)}. " if close else ""
     return f"target_modules {wanted} cannot be adapted. {hint}Layers here: {', '.join(endings)}. PEFT says: {error}"
 
