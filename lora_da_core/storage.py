@@ -288,7 +288,8 @@ def report_from_json(data: Any) -> RunReport:
         _check_allocation(values.get("allocation", {}))
         return RunReport(layers=layers, **values)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise StorageError(f"this is not a lora-da report: {why}.") from error
 
 
 def _check_allocation(allocation: Mapping[str, Any]) -> None:
