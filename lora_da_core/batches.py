@@ -196,15 +196,15 @@ _TEXT_PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 """What texts are lengthened with; tokens that neither the mask nor a label counts change no loss."""
 
 
-def joined(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+def padded_together(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """Neighbouring batches of texts as one, padded on the right: an accelerator reads 16 short texts as fast as one.
 
-    Only batches of nothing but token ids, attention mask and a label for every token are joined, since of others it is
-    not known what padding means to the model.
+    Only batches of nothing but token ids, attention mask and a label for every token are taken together, since of
+    others it is not known what padding means to the model.
 
     Args:
         batches: Any batches with labels.
-        tokens: How many tokens, padding included, a joined batch may have.
+        tokens: How many tokens, padding included, such a batch may have.
 
     Returns:
         The same samples in the same order.

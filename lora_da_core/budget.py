@@ -100,7 +100,7 @@ def host_memory(world: World) -> int:
     return int(min(world.exchange("host memory", psutil.virtual_memory().available)) // world.size)
 
 
-def stored(job: Job, place: StatisticsDevice, directory: Path | str | None, expected: int = 0) -> Job:
+def with_sums(job: Job, place: StatisticsDevice, directory: Path | str | None, expected: int = 0) -> Job:
     """The job with its sums in a place.
 
     Args:

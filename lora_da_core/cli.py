@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from lora_da_core.ablation.command import AblateOptions, ablate
 from lora_da_core.cli_init import NARROWEST, PICTURE_FILE, init, show, table_console
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import ExitCode, command_of
+from lora_da_core.cli_options import ExitCode, command_of, path
 from lora_da_core.cli_plan import PlanOptions, plan
 from lora_da_core.cli_verify import verify
 from lora_da_core.errors import LoraDAError, OptionError
@@ -142,14 +142,14 @@ app.command("plan")(command_of(PlanOptions, plan))
 # inspect
 
 
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help="A directory that 'lora-da init' wrote.")]
+Directory = Annotated[Path, typer.Argument(parser=path, metavar="DIR", help="A directory that 'lora-da init' wrote.")]
 
 
 @app.command("inspect")
 def _inspect(
     directory: Directory,
     plot: Annotated[
-        Path | None, typer.Option(help="Where to save the picture.", show_default="DIR/spectra.png")
+        Path | None, typer.Option(parser=path, help="Where to save the picture.", show_default="DIR/spectra.png")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; then a picture is saved only with --plot.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from lora_da_core.cli_config_file import file_defaults
-from lora_da_core.cli_options import DTYPES, component_choice, one_of
+from lora_da_core.cli_options import DTYPES, component_choice, one_of, path
 from lora_da_core.config import ComponentChoice, LoraDAConfig, Preset
 from lora_da_core.types import (
     Balance,
@@ -36,13 +36,13 @@ _SETTINGS = frozenset(entry.name for entry in fields(LoraDAConfig)) - {"distribu
 _NOT_RECORDED = frozenset({"config", "overwrite", "plot", "resume", "trust_remote_code"})
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+def _read_config(context: typer.Context, file: Path | None) -> Path | None:
     """Makes a file's values the defaults of the options that the command line does not give."""
-    if path is not None and not context.resilient_parsing:
+    if file is not None and not context.resilient_parsing:
         known = {parameter.name: parameter.multiple for parameter in context.command.params if parameter.name}
         known.pop("config", None)
-        context.default_map = file_defaults(path, known)
-    return path
+        context.default_map = file_defaults(file, known)
+    return file
 
 
 def _preset(panel: str, text: str, name: str, values: object = None) -> Any:
@@ -76,13 +76,14 @@ class InitOptions:
 
     model: Annotated[str, _option(_IO, "Base model: hub id, directory, or .gguf file.")]
     data: Annotated[str, _option(_IO, "Data set: .jsonl, .json, .csv or .parquet file, directory, or hub id.")]
-    output: Annotated[Path, _option(_IO, "Directory for the adapter and its report.")]
+    output: Annotated[Path, _option(_IO, "Directory for the adapter and its report.", parser=path)]
     config: Annotated[
         Path | None,
         _option(
             _IO,
             "TOML file (or an earlier run's lora_da_config.json) with any of these options, named without the "
             "leading dashes; options given here win.",
+            parser=path,
             is_eager=True,
             callback=_read_config,
         ),
@@ -94,6 +95,7 @@ class InitOptions:
             _IO,
             "Directory that keeps statistics between runs: another run on the same model and data that changes only "
             "solver, rank, α, β, damping, N or scale makes no pass for them.",
+            parser=path,
             show_default="none",
         ),
     ] = None
@@ -284,6 +286,7 @@ class InitOptions:
         _option(
             _RUN,
             "Where statistics on disk go, and offloaded weights that cannot be read from the checkpoint's own files.",
+            parser=path,
             show_default="the system's temporary directory",
         ),
     ] = None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import typer
@@ -36,6 +37,24 @@ def one_of(*values: str) -> str:
 
 
 DTYPES = one_of("auto", "float32", "bfloat16", "float16", "float64")
+
+
+def path(value: object) -> Path:
+    """The parser of every option that is a path, by which name some of typer's versions show it in help.
+
+    Args:
+        value: What was given: a text on the command line, any value in a file.
+
+    Returns:
+        The path.
+
+    Raises:
+        typer.BadParameter: It is empty, which would be taken for the working directory.
+    """
+    text = str(value)
+    if not text:
+        raise typer.BadParameter("the path is empty; '.' is the working directory")
+    return Path(text)
 
 
 def component_choice(options: object, kind: str, preset: Preset) -> ComponentChoice:

@@ -12,7 +12,7 @@ import typer
 from lora_da_core.cli_config_file import file_defaults
 from lora_da_core.cli_init import assembled, requested
 from lora_da_core.cli_init_options import InitOptions
-from lora_da_core.cli_options import DTYPES, ExitCode, parsed
+from lora_da_core.cli_options import DTYPES, ExitCode, parsed, path
 from lora_da_core.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ PROBE_TOKENS = 16
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that 'lora-da init' wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIR", help="A directory that 'lora-da init' wrote.")
+    ],
     model: Annotated[str | None, typer.Option(help="The base model.", show_default="the run's")] = None,
     data: Annotated[
         str | None,
@@ -50,7 +52,9 @@ def verify(
     ] = False,
     cache_dir: Annotated[
         Path | None,
-        typer.Option(help="With --numerics, a cache that holds the run's statistics.", show_default="the run's"),
+        typer.Option(
+            parser=path, help="With --numerics, a cache that holds the run's statistics.", show_default="the run's"
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -127,7 +131,10 @@ def _recomputed(options: InitOptions, held: Mapping[str, LoraFactors], report: R
     parts = assembled(requested(options))
     cache = options.cache_dir
     if cache is not None and not cache.is_dir():
-        raise OptionError(f"the cache {cache} does not exist; give --cache-dir, or the data of the run.")
+        raise OptionError(
+            f"the cache {cache} does not exist; give where it is by --cache-dir, or an empty directory there, and the "
+            "statistics are taken from the data again."
+        )
     estimates = parts.pipeline.estimate(parts.loaded.model, parts.batches, parts.lora, cache_dir=cache)
     return recomputed(parts.pipeline, estimates, held, report)
 

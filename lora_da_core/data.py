@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_da_core.batches import TOKENS_PER_BATCH, filled
 from lora_da_core.data_files import check_data
 from lora_da_core.errors import DataError, OptionError
-from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, nearby, reason
+from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, missing, reason
 from lora_da_core.templates import Passage, RowFormat, row_format
 
 IGNORED = -100
@@ -27,7 +27,13 @@ Sample = dict[str, list[int]]
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-_ROWS_NAMED = 10
+_NO_ROWS = "corresponds to no data"
+"""What `datasets` says of a split that it knows and that has none."""
+
+_OF_SPLIT = ("Unknown split", "Split name", "Unrecognized instruction")
+"""How it begins to say that a split is wrong, not the data."""
+
+_ROWS_NAMED, _COLUMNS_NAMED = 10, 4
 
 
 class Rows(Protocol):
@@ -122,9 +128,9 @@ def load_rows(source: str | Path, *, split: str = "train") -> Rows:
         check_data(path)
     elif is_kind(path, "directory"):
         check_data(path)
-        arguments = {"path": str(path)}
+        arguments = {"path": str(path.resolve())}  # '.' alone is no name to the library
     elif looks_like_path(str(source), _BUILDERS):
-        raise DataError(f"data file '{source}' does not exist. {nearby(path, _BUILDERS)}")
+        raise DataError(missing("data file", source, _BUILDERS))
     else:
         name, _, configuration = str(source).partition(":")
         arguments = {"path": name, "name": configuration or None}
@@ -153,11 +159,24 @@ def _load(source: str, arguments: Mapping[str, Any], split: str) -> Rows:
         with _quiet() if "data_files" in arguments else nullcontext():
             rows: Rows = datasets.load_dataset(**arguments, split=split)
     except Exception as error:  # whatever the library and its readers raise, the user needs the same answer
-        raise DataError(
-            f"data set '{source}' (split '{split}') cannot be read: {reason(error)} "
-            "Give a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub."
-        ) from error
+        if _NO_ROWS in str(error):
+            return []
+        why = _why(error)
+        advice = "a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub"
+        if why.startswith(_OF_SPLIT):
+            advice = "another split, such as 'train' or 'train[:1000]'"
+        raise DataError(f"data set '{source}' (split '{split}') cannot be read: {why} Give {advice}.") from error
     return rows
+
+
+def _why(error: Exception) -> str:
+    from datasets.table import CastError
+
+    found = error.__cause__
+    if not isinstance(found, CastError):
+        return reason(error)
+    odd = sorted({*found.table_column_names} ^ {*found.requested_column_names})[:_COLUMNS_NAMED]
+    return f"not all of its rows have the same columns; some lack {', '.join(map(repr, odd))}."
 
 
 @contextmanager

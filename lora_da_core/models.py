@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lora_da_core.errors import ModelError, OptionError
-from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, nearby, reason
+from lora_da_core.sources import asked_of_hub, is_kind, local_path, looks_like_path, missing, reason
 
 _SUFFIXES = (".gguf",)
 
@@ -228,7 +228,7 @@ def _location(source: str | Path, trust_remote_code: bool) -> dict[str, Any]:
         _check_directory(path)
         location = {"pretrained_model_name_or_path": str(path)}
     elif looks_like_path(str(source), _SUFFIXES):
-        raise ModelError(f"model '{source}' does not exist. {nearby(path, _SUFFIXES)}")
+        raise ModelError(missing("model", source, _SUFFIXES))
     else:
         location = {"pretrained_model_name_or_path": str(source)}
     location["trust_remote_code"] = trust_remote_code

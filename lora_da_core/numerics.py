@@ -50,11 +50,6 @@ class LayerNumerics:
     condition: float
     remedies: tuple[str, ...]
 
-    @property
-    def passed(self) -> bool:
-        """Whether all deviations are within `LIMIT`."""
-        return max(self.orthogonality, self.residual, abs(self.excess), self.inversion) <= LIMIT
-
 
 def recomputed(
     pipeline: Pipeline, estimates: Estimates, factors: Mapping[str, LoraFactors], report: RunReport
@@ -95,7 +90,7 @@ def recomputed(
 
 
 def layer_numerics(
-    name: str, fisher: LayerFisher, gradient: Tensor, stored: Tensor, *, alpha: float, beta_over_n: float
+    name: str, fisher: LayerFisher, gradient: Tensor, held: Tensor, *, alpha: float, beta_over_n: float
 ) -> LayerNumerics:
     """One layer's figures.
 
@@ -103,7 +98,7 @@ def layer_numerics(
         name: The layer.
         fisher: Its damped Fisher, on the CPU.
         gradient: G, (out, in), float64 on the CPU.
-        stored: A, (r, in), or of a convolution (r, channels, height, width).
+        held: A, (r, in), or of a convolution (r, channels, height, width).
         alpha: α.
         beta_over_n: β/N.
 
@@ -114,7 +109,7 @@ def layer_numerics(
     variance = fisher.inverse_input_trace().to_dense().double()
     omega = beta_over_n * variance - alpha * (step @ step.mT)
     pairs = eigh(omega, f"Ω of layer {name}")
-    rows = stored.detach().to("cpu", torch.float64).flatten(1)
+    rows = held.detach().to("cpu", torch.float64).flatten(1)
     basis = torch.linalg.qr(rows.mT).Q
     product = omega @ basis
     wanted = pairs.values[: len(rows)]
@@ -137,7 +132,7 @@ def layer_numerics(
 
 
 def _layer(
-    pipeline: Pipeline, estimates: Estimates, spec: LayerSpec, stored: Tensor, earlier: tuple[str, ...]
+    pipeline: Pipeline, estimates: Estimates, spec: LayerSpec, held: Tensor, earlier: tuple[str, ...]
 ) -> LayerNumerics:
     config, statistics = pipeline.config, estimates.statistics
     fisher = pipeline.components.estimator.fisher(
@@ -148,7 +143,7 @@ def _layer(
     )
     gradient = estimates.gradient(spec).to_dense().to("cpu", torch.float64)
     beta_over_n = config.beta / population(config, statistics.samples)
-    found = layer_numerics(spec.name, fisher, gradient, stored, alpha=config.alpha, beta_over_n=beta_over_n)
+    found = layer_numerics(spec.name, fisher, gradient, held, alpha=config.alpha, beta_over_n=beta_over_n)
     return replace(found, remedies=tuple(dict.fromkeys((*earlier, *found.remedies))))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_da_core.blame import blamed, shortage_named
 from lora_da_core.block_trial import PASSES_INSTEAD, fault
-from lora_da_core.budget import plan_note, plan_within, stored, within
+from lora_da_core.budget import plan_note, plan_within, with_sums, within
 from lora_da_core.cache import StatisticsCache
 from lora_da_core.cache_identity import Identity
 from lora_da_core.capture import CaptureTask, Progress
@@ -191,8 +191,8 @@ class Pipeline:
                     logger.warning("%s", job.notes[-1])
                     plan = plan_within(self, model, job, max_memory, by_block=False)
             logger.info("%s", plan_note(plan))
-            return stored(within(plan, job), plan.statistics_device, offload_dir, plan.offloaded_bytes), plan.parts
-        job = stored(job, self.config.statistics_device, offload_dir)
+            return with_sums(within(plan, job), plan.statistics_device, offload_dir, plan.offloaded_bytes), plan.parts
+        job = with_sums(job, self.config.statistics_device, offload_dir)
         if most == "auto" or most >= len(job.task.specs):
             return job, [[spec.name for spec in job.task.specs]]
         return job, divided_layers(input_groups(job.task, job.batches), most)
@@ -237,7 +237,7 @@ class Pipeline:
             keep = self._keeper(cache_dir, shared)
             on_progress = shared.watched(on_progress)
             job = job_of(self._setup, model, batches, peft_config, adapter_name, shared)
-            job = stored(job, self.config.statistics_device, offload_dir)
+            job = with_sums(job, self.config.statistics_device, offload_dir)
             task, first = job.task, job.batches
             found = keep(task, first, partial(estimate, task, first, self.config.seed, on_progress))
         return replace(found, notes=(*job.notes, *found.notes), later=job.later, unseen=job.unseen)

@@ -147,9 +147,9 @@ class LowRankProbe(LossProbe):
                 f"layer {layer} is of kind {kind!r}; only the weights of linear layers and embeddings can be read."
             )
         with weights_present(module):
-            stored = getattr(module, "weight", None)
-            if isinstance(stored, Tensor) and stored.is_floating_point() and stored.ndim == 2:
-                found = whole(stored.detach())
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2:
+                found = whole(weight.detach())
                 return found if kind == "linear" else found.mT
         # Packed weights are only known by what they do: W is the answer to the unit vectors.
         device, _ = self.place(layer)

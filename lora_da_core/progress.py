@@ -25,6 +25,9 @@ from rich.text import Text
 LINES_PER_PHASE: Final = 10
 """Most lines that a phase writes where there is no terminal."""
 
+_COUNTED: Final = {"scale": ("loss", "losses")}
+"""What a phase counts of which nobody knows how many there will be: one, and more."""
+
 
 class LiveProgress:
     """One bar per phase, with counts and the time that is left."""
@@ -37,7 +40,7 @@ class LiveProgress:
         """Takes what `Pipeline.run` tells; `total` is 0 where nobody knows it."""
         if phase not in self._tasks:
             self._finish_unbounded()
-            self._tasks[phase] = self._bars.add_task(phase, total=total or None)
+            self._tasks[phase] = self._bars.add_task(phase, total=total or None, bounded=total > 0)
         self._bars.update(self._tasks[phase], completed=done)
 
     def _finish_unbounded(self) -> None:
@@ -51,22 +54,24 @@ class LiveProgress:
 
 
 class Counts(MofNCompleteColumn):
-    """`3/7`, or `3 so far` where nobody knows how many there will be."""
+    """`3/7`, or `3 losses` where nobody knew how many there would be."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text(f"{int(task.completed)} so far", style="progress.download")
-        return super().render(task)
+        if task.fields["bounded"]:
+            return super().render(task)
+        return Text(_counted(task.description, int(task.completed)), style="progress.download")
 
 
 @dataclass
 class _Phase:
     started: float
     lines: int = 0
+    pending: str = ""
+    """A line that was not due yet, of a phase whose end nobody knows before it comes."""
 
 
 class PlainProgress:
-    """A line per tenth of a phase; where the total is unknown, at each doubling of the count.
+    """A line per tenth of a phase; where the total is unknown, at each doubling of the count, and at the end.
 
     Args:
         write: Takes one line.
@@ -81,23 +86,39 @@ class PlainProgress:
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Takes what `Pipeline.run` tells; `total` is 0 where nobody knows it."""
         state = self._phases.setdefault(phase, _Phase(self._clock()))
-        if not self._due(state, done, total):
-            return
-        state.lines += 1
+        line = self._line(state, phase, done, total)
+        if self._due(state, done, total):
+            self._write(line)
+            state.lines += 1
+            state.pending = ""
+        elif total == 0:
+            state.pending = line
+
+    def _line(self, state: _Phase, phase: str, done: int, total: int) -> str:
         passed = self._clock() - state.started
         if total == 0:
-            self._write(f"{phase}: {done} so far, {passed:.1f} s")
-        elif done < total and passed > 0:
+            return f"{phase}: {_counted(phase, done)}, {passed:.1f} s"
+        if done < total and passed > 0:
             # The first step is not in `passed`: the phase was first heard of when that step had ended.
             left = f", about {passed / (done - 1) * (total - done):.0f} s left" if done > 1 else ""
-            self._write(f"{phase}: {done}/{total}{left}")
-        else:
-            self._write(f"{phase}: {done}/{total}, {passed:.1f} s")
+            return f"{phase}: {done}/{total}{left}"
+        return f"{phase}: {done}/{total}, {passed:.1f} s"
 
     def _due(self, state: _Phase, done: int, total: int) -> bool:
         if total == 0:
             return state.lines < LINES_PER_PHASE and done & (done - 1) == 0
         return done * LINES_PER_PHASE // total > (done - 1) * LINES_PER_PHASE // total
+
+    def close(self) -> None:
+        """Writes the last counts of phases of unknown length."""
+        for state in self._phases.values():
+            if state.pending:
+                self._write(state.pending)
+
+
+def _counted(phase: str, number: int) -> str:
+    one, many = _COUNTED.get(phase, ("step", "steps"))
+    return f"{number} {one if number == 1 else many}"
 
 
 class _NoteHandler(logging.Handler):
@@ -152,7 +173,9 @@ def shown_progress(console: Console) -> Iterator[Callable[[str, int, int], None]
                 yield live
                 live.close()
         else:
-            yield PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+            plain = PlainProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+            yield plain
+            plain.close()
     finally:
         logger.removeHandler(handler)
         logger.propagate = propagate

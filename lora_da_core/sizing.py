@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lora_da_core.batches import joined, labelled_part, spread
+from lora_da_core.batches import labelled_part, padded_together, spread
 from lora_da_core.capture import CaptureTask, Progress
 from lora_da_core.omega import (
     DEFAULT_A_SCALE,
@@ -54,7 +54,7 @@ class Sizing:
         chosen = spread([part for part in parts if part is not None], SEARCH_SAMPLES)
         if task.device.type != "cpu":
             # No more tokens at once than a pass with gradients had room for.
-            chosen = joined(chosen, max(part["labels"].numel() for part in parts if part is not None))
+            chosen = padded_together(chosen, max(part["labels"].numel() for part in parts if part is not None))
         self._probe = LowRankProbe(replace(task, changes={}), chosen, note)
         self._specs = {spec.name: spec for spec in task.specs}
         self._dtypes, self._on_progress = dtypes, on_progress

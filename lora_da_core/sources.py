@@ -20,7 +20,7 @@ _UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror)
 def looks_like_path(source: str, suffixes: Collection[str]) -> bool:
     """Whether a name that is no existing path was meant as one, and not as an id on the hub.
 
-    >>> looks_like_path("openai/gsm8k", [".jsonl"]), looks_like_path("dat/rows.jsonl", [".jsonl"])
+    >>> looks_like_path("openai/gsm8k", [".jsonl"]), looks_like_path("dat/rows.jsonl.gz", [".jsonl"])
     (False, True)
 
     Args:
@@ -29,16 +29,26 @@ def looks_like_path(source: str, suffixes: Collection[str]) -> bool:
     """
     if not source or source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source:
         return True
-    return Path(source).suffix.lower() in suffixes
+    return any(suffix.lower() in suffixes for suffix in Path(source).suffixes)
 
 
-def nearby(path: Path, suffixes: Collection[str]) -> str:
-    """A sentence with what could have been meant by a path that does not exist.
+def missing(kind: str, source: str | Path, suffixes: Collection[str]) -> str:
+    """What to say of a path that does not exist, and of an address, which is no path.
+
+    >>> missing("model", "https://hub.example/acme/small", [])
+    "model 'https://hub.example/acme/small' is an address; give the id of what is on the hub, or download it first."
 
     Args:
-        path: The missing path.
+        kind: What it is a source of.
+        source: What the user wrote.
         suffixes: Files of these suffixes are named where no name is similar.
     """
+    if "://" in str(source):
+        return f"{kind} '{source}' is an address; give the id of what is on the hub, or download it first."
+    return f"{kind} '{source}' does not exist. {_nearby(local_path(source), suffixes)}"
+
+
+def _nearby(path: Path, suffixes: Collection[str]) -> str:
     if not is_kind(path.parent, "directory"):
         return f"There is no folder '{path.parent}'."
     names = sorted(entry.name for entry in path.parent.iterdir())
@@ -116,7 +126,7 @@ def read_settings_file(path: Path) -> Any:
         content = file.read(LARGEST_SETTINGS + 1)
     if len(content) > LARGEST_SETTINGS:
         raise ValueError(f"it is larger than {LARGEST_SETTINGS} bytes")
-    text = content.decode("utf-8")
+    text = content.decode("utf-8-sig")  # editors of Windows begin a file with a mark
     try:
         return json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except RecursionError as error:

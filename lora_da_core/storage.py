@@ -288,7 +288,8 @@ def report_from_json(data: Any) -> RunReport:
         _check_allocation(values.get("allocation", {}))
         return RunReport(layers=layers, **values)
     except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-        raise StorageError(f"this is not a lora-da report: {type(error).__name__}: {error}") from error
+        why = f"it has no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise StorageError(f"this is not a lora-da report: {why}.") from error
 
 
 def _check_allocation(allocation: Mapping[str, Any]) -> None:
@@ -356,13 +357,17 @@ def check_writable(directory: Path) -> None:
         directory: Where something will be written.
 
     Raises:
-        StorageError: It is a file, or it or the nearest parent that exists is not writable.
+        StorageError: It is a file or a link to nothing, or it or the nearest parent that exists is not writable.
     """
     try:
         if directory.exists() and not directory.is_dir():
             raise StorageError(f"{directory} is a file; give a directory.")
+        if directory.is_symlink() and not directory.exists():
+            raise StorageError(f"{directory} is a link to what does not exist; give a directory.")
         parents = [directory.absolute(), *directory.absolute().parents]
         parent = next(parent for parent in parents if parent.exists())
+        if not parent.is_dir():
+            raise StorageError(f"{directory} cannot be created: {parent} is a file; give another directory.")
     except (OSError, ValueError) as error:  # a name that the file system does not take
         raise StorageError(f"{directory} cannot be created: {error}") from error
     _try_writing(parent, "" if parent == parents[0] else f"{directory} cannot be created: ")

@@ -150,7 +150,7 @@ class TokenLedger:
         counted = None if mask.places.counted is None else flags.nonzero().squeeze(1)
         return Places(mask.places.example[taken.to(self.device)], counted)
 
-    def joined(self, uses: Sequence[Use], rows: Sequence[int]) -> Places:
+    def places_of_uses(self, uses: Sequence[Use], rows: Sequence[int]) -> Places:
         """`places` of several uses, one after the other, each on the number of tokens in `rows`."""
         parts = [self.places(use, count) for use, count in zip(uses, rows, strict=True)]
         if len(parts) == 1:

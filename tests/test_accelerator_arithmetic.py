@@ -13,7 +13,7 @@ from torch import Tensor
 import lora_da_core
 from conftest import make_batches, make_samples, make_tiny_llama
 from lora_da_core import LoraDAConfig, inverses, solve_queue, solving, wide_products
-from lora_da_core.batches import joined
+from lora_da_core.batches import padded_together
 from lora_da_core.errors import OptionError
 from lora_da_core.interfaces import Solver
 from lora_da_core.omega import Omega, StoredOmega, formed, forms_omega, forms_step, omega, stored
@@ -335,7 +335,7 @@ def test_joined_texts_have_the_losses_they_had_apart() -> None:
     model, objective = make_tiny_llama(torch.float64), CausalLM(CausalLM.Options())
     samples = make_samples(12)
     apart = make_batches(samples, 1)
-    together = joined(apart, tokens=40)
+    together = padded_together(apart, tokens=40)
     assert 1 < len(together) < len(apart)
     assert max(batch["labels"].numel() for batch in together) <= 40
     with torch.no_grad():
@@ -349,7 +349,7 @@ def test_batches_that_are_more_than_texts_are_not_joined() -> None:
     pooled = {**text, "labels": torch.zeros(1, dtype=torch.int64)}
     positioned = {**text, "position_ids": text["input_ids"]}
     for other in (images, pooled, positioned):
-        assert [list(batch) for batch in joined([text, other, other, text], tokens=10**6)] == [
+        assert [list(batch) for batch in padded_together([text, other, other, text], tokens=10**6)] == [
             list(text),
             list(other),
             list(other),

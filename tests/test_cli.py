@@ -100,6 +100,8 @@ def no_loading(monkeypatch):
         ((*INIT, "--output", "new", "--lora-alpha", "nan"), "lora_alpha is nan"),
         ((*INIT, "--output", "new", "--seed", "9" * 30), "below 2**63"),
         ((*INIT, "--output", "new", "--target-modules", "["), "target_modules '[' is no regular expression"),
+        ((*INIT, "--output", "new", "--target-modules", ""), "target_modules is empty; give 'all-linear'"),
+        ((*INIT, "--output", "data.jsonl/new"), "data.jsonl is a file; give another directory"),
         ((*INIT, "--output", "new", "--exclude-modules", "("), "exclude_modules '(' is no regular expression"),
         ((*INIT, "--output", "new", "--estimator", ""), "unknown estimator ''"),
         ((*INIT, "--output", "model"), "model exists and is not empty"),
@@ -159,15 +161,17 @@ def test_wrong_use_is_one_line_and_status_2_before_anything_is_loaded(world, no_
         ('token-mask = "all"', "choose one of labels, attention"),
         ("token-mask = 'labels'\ntoken_mask = 'labels'", "given twice"),
         ('rank = "four"', "Invalid value for '--rank'"),
+        ("\ufeffrank = 0", "rank is 0"),
+        ("cache-dir = ''", "Invalid value for '--cache-dir': the path is empty"),
     ],
 )
 def test_wrong_config_file_is_one_line_and_status_2(world, no_loading, tmp_path, content, message):
     path = tmp_path / "wrong.toml"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     outcome = run(world, *INIT, "--output", "new", "--config", str(path))
     assert outcome.exit_code == 2
     assert message in outcome.stderr and outcome.stderr.count("\n") == 1
-    assert "wrong.toml" in outcome.stderr or "token" in content
+    assert "wrong.toml" in outcome.stderr or "token" in content or "rank = 0" in content
 
 
 def test_nothing_given_shows_the_help_and_status_2(world):
@@ -186,6 +190,7 @@ def test_nothing_given_shows_the_help_and_status_2(world):
         ((*INIT, "--output", "new", "--rank", "9"), "rank 9 is above min(in, out)"),
         (("init", "--model", "", "--data", "data.jsonl", "--output", "new"), "the model has no name"),
         (("init", "--model", "model", "--data", "", "--output", "new"), "the data has no name"),
+        (("init", "--model", "https://a.example/b", "--data", "data.jsonl", "--output", "new"), "is an address; give"),
         (("inspect", "missing"), "lora_da_report.json does not exist"),
         (("verify", "missing"), "lora_da_report.json does not exist"),
     ],
@@ -206,12 +211,42 @@ def test_targets_that_are_not_there_are_refused_before_weights_are_read(world, n
     assert "gate_proj" in outcome.stderr and not (world / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("targets", "closest"),
+    [("Q_PROJ", "Closest: q_proj"), ("q_proj,norm", "PEFT says: Target module LlamaRMSNorm"), ("k_prj,norm", "k_proj")],
+)
+def test_names_are_suggested_for_those_that_are_not_there_alone(world, no_loading, targets, closest):
+    outcome = run(world, *INIT, "--output", "new", "--target-modules", targets)
+    assert outcome.exit_code == 1 and closest in outcome.stderr, outcome.output
+    assert ("Closest" in outcome.stderr) == (targets != "q_proj,norm")
+
+
+def test_targets_that_are_all_excluded_are_refused_by_the_name_of_what_excludes_them(world, no_loading):
+    for targets, excluded in (("all-linear", ".*"), ("q_proj,v_proj", "v_proj,q_proj,up_proj")):
+        chosen = ("--target-modules", targets, "--exclude-modules", excluded)
+        outcome = run(world, *INIT, "--output", "new", *chosen)
+        assert outcome.exit_code == 1 and outcome.stderr.count("\n") == 1, outcome.output
+        assert outcome.stderr.startswith("error: exclude_modules ['") and "exclude fewer" in outcome.stderr
+    outcome = run(world, *INIT, "--output", "new", "--target-modules", "nosuch", "--exclude-modules", ".*")
+    assert outcome.stderr.startswith("error: target_modules ['nosuch'] cannot be adapted."), outcome.output
+
+
 def test_a_target_that_is_not_there_beside_one_that_is_stands_in_the_notes(world):
     outcome = run(
         world, *INIT, "--output", "partly", "--rank", "2", "--samples", "8", "--target-modules", "q_proj,vproj"
     )
     assert outcome.exit_code == 0, outcome.output
     assert "no module has these names of target_modules: vproj" in " ".join(outcome.output.split())
+
+
+@pytest.mark.parametrize("excluded", ["kproj", "kproj,v_proj", "[.]q_proj"])
+def test_an_exclusion_that_fits_no_module_stands_in_the_notes(world, recwarn, excluded):
+    chosen = ("--target-modules", "q_proj,v_proj", "--exclude-modules", excluded)
+    outcome = run(world, *INIT, "--output", "kept", "--overwrite", "--rank", "2", "--samples", "8", *chosen)
+    assert outcome.exit_code == 0, outcome.output
+    missing = excluded.removesuffix(",v_proj")
+    assert f"no module has these names of exclude_modules: {missing}" in " ".join(outcome.output.split())
+    assert [str(each.message) for each in recwarn if "exclude_modules" in str(each.message)] == []
 
 
 def test_debug_adds_the_traceback_wherever_it_stands(world):
@@ -693,16 +728,36 @@ def test_plain_progress_without_a_total_stays_short():
     progress = PlainProgress(lines.append, clock=lambda: 0.0)
     for done in range(1, 5000):
         progress("scale", done, 0)
-    assert lines == [f"scale: {2**power} so far, 0.0 s" for power in range(LINES_PER_PHASE)]
+    counts = [f"{2**power} losses" for power in range(1, LINES_PER_PHASE)]
+    assert lines == [f"scale: {count}, 0.0 s" for count in ("1 loss", *counts)]
+    progress.close()
+    assert lines[LINES_PER_PHASE:] == ["scale: 4999 losses, 0.0 s"]
+
+
+def test_plain_progress_says_a_last_count_once():
+    lines = []
+    progress = PlainProgress(lines.append, clock=lambda: 0.0)
+    for done in range(1, 5):
+        progress("scale", done, 0)
+    progress("solve", 1, 2)
+    progress.close()
+    assert lines == ["scale: 1 loss, 0.0 s", "scale: 2 losses, 0.0 s", "scale: 4 losses, 0.0 s", "solve: 1/2, 0.0 s"]
 
 
 def test_a_bar_without_a_total_counts_and_does_not_ask():
     console = Console(width=100)
     bars = Progress(Counts(), console=console)
-    LiveProgress(bars)("scale", 4, 0)
+    live = LiveProgress(bars)
+    for done, text in ((1, "1 loss"), (4, "4 losses")):
+        live("scale", done, 0)
+        with console.capture() as shown:
+            console.print(bars)
+        assert shown.get().strip() == text
+    live.close()
+    assert bars.finished
     with console.capture() as shown:
         console.print(bars)
-    assert shown.get().strip() == "4 so far"
+    assert shown.get().strip() == "4 losses"
 
 
 def test_terminal_gets_bars_with_counts(tmp_path):
@@ -714,4 +769,4 @@ def test_terminal_gets_bars_with_counts(tmp_path):
             on_progress("scale", 1, 0)
             logging.getLogger("lora_da_core.pipeline").warning("a [sentence] with %s", "brackets")
     text = (tmp_path / "screen").read_text(encoding="utf-8")
-    assert "3/3" in text and "1/1" in text and "warning: a [sentence] with brackets" in text
+    assert "3/3" in text and "1 loss" in text and "warning: a [sentence] with brackets" in text

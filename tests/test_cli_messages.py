@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +34,7 @@ def desk(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
     (folder / "bad.toml").write_text("rank = \n")
     (folder / "unknown.toml").write_text("[run]\nmodle = 'model'\n[grid]\nrank = [2]\n")
     (folder / "grid.toml").write_text("[run]\nmodel = 'model'\ndata = 'data.jsonl'\n[grid]\nestimator = ['identity']\n")
+    (folder / "blank.toml").write_text("[run]\nmodel = 'model'\ndata = ''\n[grid]\nrank = [2]\n")
     (folder / "odd").mkdir()
     (folder / "odd" / "lora_da_report.json").write_text("{}")
     before = Path.cwd()
@@ -40,6 +43,9 @@ def desk(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         outcome = lora_da("init", "--model", "model", "--data", "data.jsonl", "--output", "run", "--rank", "2")
         assert outcome.exit_code == 0, outcome.output
         shutil.copytree(folder / "run", folder / "cut")
+        shutil.copytree(folder / "run", folder / "other")
+        settings = folder / "other" / "adapter_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "r": 4}))
         with (folder / "cut" / "adapter_model.safetensors").open("r+b") as file:
             file.truncate(1000)
         yield folder
@@ -51,12 +57,26 @@ def lora_da(*arguments: str, **environment: str) -> Any:
     return CliRunner(env={"NO_COLOR": "1", "COLUMNS": "80", **environment}).invoke(app, arguments)
 
 
+EMPTY = (
+    "init --model model --data data.jsonl --output",
+    "init --model model --data data.jsonl --output new --config",
+    "init --model model --data data.jsonl --output new --cache-dir",
+    "init --model model --data data.jsonl --output new --offload-dir",
+    "inspect",
+    "inspect run --plot",
+    "verify",
+    "verify run --numerics --cache-dir",
+    "ablate grid.toml --output",
+    "ablate --output new",
+)
+"""Commands that an empty path completes."""
+
 TABLE = [
     ("inspect", WRONG, "Missing argument 'DIR'"),
     ("inspect nosuch", FAILED, "nosuch/lora_da_report.json does not exist; give a directory that 'lora-da init' wrote"),
     ("inspect model", FAILED, "give a directory that 'lora-da init' wrote"),
     ("inspect data.jsonl", FAILED, "give a directory that 'lora-da init' wrote"),
-    ("inspect odd", FAILED, "odd/lora_da_report.json: this is not a lora-da report"),
+    ("inspect odd", FAILED, "odd/lora_da_report.json: this is not a lora-da report: it has no 'layers'."),
     ("inspect run run", WRONG, "unexpected extra argument"),
     ("inspect run --jsn", WRONG, "--json"),
     ("inspect run --plot", WRONG, "requires an argument"),
@@ -74,6 +94,7 @@ TABLE = [
     ("verify run --devize cpu", WRONG, "--device"),
     ("verify run --split train", WRONG, "--split is a part of --data; give both, or neither."),
     ("verify run --cache-dir cache", WRONG, "--cache-dir holds the statistics that --numerics reads"),
+    ("verify other", FAILED, "PEFT cannot load other onto this model: Error(s) in loading"),
     ("verify cut --device abacus", FAILED, "cut/adapter_model.safetensors cannot be read: "),
     ("plugins extra", WRONG, "unexpected extra argument"),
     ("plugins --jsn", WRONG, "--json"),
@@ -87,23 +108,29 @@ TABLE = [
     ("ablate grid.toml --output /proc/self/fd", WRONG, "error: /proc/self/fd is not writable; give another directory."),
     ("ablate grid.toml --output odd", WRONG, "is not a grid's results; give another directory"),
     ("ablate grid.toml --output odd --dry-run", WRONG, "is not a grid's results; give another directory"),
+    ("ablate grid.toml --output new --model ''", WRONG, "error: --model is empty; leave it out to take the grid's."),
+    ("ablate blank.toml --output new", WRONG, "blank.toml [run]: data is ''; it must be a text that is not empty."),
     ("ablate grid.toml --output new --jobs 0", WRONG, "jobs is 0"),
     ("ablate grid.toml --output new --jobs some", WRONG, "Invalid value for '--jobs'"),
     ("ablate grid.toml --output new --executor slurm", WRONG, "it must be 'local' or 'ray'"),
     ("ablate grid.toml --output new --data nosuch.jsonl", FAILED, "data file 'nosuch.jsonl' does not exist"),
+    *((f"{line} ''", WRONG, "the path is empty; '.' is the working directory") for line in EMPTY),
     ("innit", WRONG, "Did you mean 'init'? See --help."),
     ("--nosuch", WRONG, "No such option: --nosuch. See --help."),
 ]
-"""Commands, exit codes and part of the one line that says what is wrong; `init` and `plan` are in test_cli.py."""
+"""Commands, exit codes and part of the one line that says what is wrong.
+
+Those of `init` and `plan` are in test_cli.py, but for empty paths.
+"""
 
 
 @pytest.mark.parametrize(("line", "status", "message"), TABLE, ids=[line for line, _, _ in TABLE])
 def test_what_is_wrong_is_one_line(desk: Path, line: str, status: int, message: str) -> None:
     there = sorted(desk.rglob("*"))
-    outcome = lora_da(*line.split())
+    outcome = lora_da(*shlex.split(line))
     assert outcome.exit_code == status, outcome.output
     last = outcome.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and message in last, last
+    assert last.startswith("error: ") and message in last and len(last) < 700, last
     assert [text for text in outcome.stderr.splitlines() if text.startswith(("error", "Traceback"))] == [last]
     left = [path.name for path in sorted(desk.rglob("*")) if path not in there]
     assert set(left) <= {"spectra.png"} | ({"new", ".lock"} if status == FAILED else set())

@@ -81,6 +81,46 @@ class TestLoadRows:
         with pytest.raises(DataError, match=r"problem\.jsonl' does not exist.*problems\.jsonl"):
             load_rows(str(tmp_path / "problem.jsonl"))
 
+    @pytest.mark.parametrize("settings", ["config.json", "adapter_config.json"])
+    def test_a_saved_model_is_no_data(self, tmp_path, settings):
+        for name in (settings, "tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(json.dumps({name: 8}))
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        message = rf"holds a saved model \({settings}, model.safetensors\) and no data; give a \.jsonl"
+        with pytest.raises(DataError, match=message):
+            load_rows(tmp_path)
+
+    def test_data_beside_a_model_s_weights_is_read(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert len(load_rows(write(tmp_path / "rows.jsonl", QA).parent)) == len(QA)
+
+    def test_files_of_different_columns(self, tmp_path):
+        write(tmp_path / "a.jsonl", QA)
+        write(tmp_path / "b.jsonl", [{"question": "q", "reply": "a"}])
+        with pytest.raises(DataError, match=r"not all of its rows have the same columns; some lack .*'reply'"):
+            load_rows(tmp_path)
+
+    def test_the_working_directory(self, tmp_path, monkeypatch):
+        write(tmp_path / "rows.jsonl", QA)
+        monkeypatch.chdir(tmp_path)
+        assert len(load_rows(".")) == len(QA)
+
+    @pytest.mark.parametrize("split", ["test", "", "train[5"])
+    def test_a_wrong_split_is_answered_with_splits(self, tmp_path, split):
+        with pytest.raises(DataError, match=r"cannot be read: .* Give another split, such as 'train' or"):
+            load_rows(write(tmp_path / "rows.jsonl", QA), split=split)
+
+    def test_an_address_is_no_path(self):
+        with pytest.raises(DataError, match=r"^data file 'https://a\.example/b\.jsonl' is an address; give the id"):
+            load_rows("https://a.example/b.jsonl")
+
+    def test_a_missing_archive_is_not_looked_for_on_the_hub(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "rows.jsonl", QA)
+        with pytest.raises(DataError, match=r"'rows\.jsonl\.gz' does not exist\. In that folder there is: rows\.jsonl"):
+            load_rows("rows.jsonl.gz")
+
     def test_missing_folder(self, tmp_path):
         with pytest.raises(DataError, match="There is no folder"):
             load_rows(str(tmp_path / "nowhere" / "problem.jsonl"))
@@ -90,7 +130,8 @@ class TestLoadRows:
         [
             ("rows.jsonl", b"", "is empty"),
             ("rows.jsonl", b'{"question": "a", "answer": ', "cannot be read: JSON parse error"),
-            ("rows.csv", b"question,answer\n", "no data"),
+            ("rows.csv", b"question,answer\n", "has no rows in split 'train'"),
+            ("rows.json", b"[]", "has no rows in split 'train'"),
             ("rows.csv", b"\xff\xfe\x00", "is not UTF-8 at byte 0"),
             ("rows.parquet", b"not a parquet file", "magic bytes"),
             ("rows.xlsx", b"text", "no known kind; .jsonl"),

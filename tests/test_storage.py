@@ -94,6 +94,13 @@ def test_places_that_take_no_directory_are_refused_before_work(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_link_to_nothing_is_refused_before_work(tmp_path: Path, target: str) -> None:
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(StorageError, match=r"link is a link to what does not exist; give a directory\.$"):
+        storage.check_output(tmp_path / "link", overwrite=True)
+
+
 def test_overwriting_must_be_asked_for_and_only_replaces_runs(tmp_path: Path) -> None:
     storage.save_run(tmp_path / "run", write_file, REPORT, settings={"run": 1})
     with pytest.raises(StorageError, match="--overwrite"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_da_core.cli_options import ExitCode
+from lora_da_core.cli_options import ExitCode, path
 from lora_da_core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 class AblateOptions:
     """Everything `lora-da ablate` is told."""
 
-    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="The grid: what is run and what is varied.")]
-    output: Annotated[Path, typer.Option(help="Directory of the results; a run that was cut off there goes on.")]
+    grid: Annotated[
+        Path, typer.Argument(parser=path, metavar="GRID.toml", help="The grid: what is run and what is varied.")
+    ]
+    output: Annotated[
+        Path, typer.Option(parser=path, help="Directory of the results; a run that was cut off there goes on.")
+    ]
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say how many cells there are, and how long they would take.")
     ] = False
@@ -49,6 +53,9 @@ def ablate(options: AblateOptions) -> None:
     from lora_da_core.ablation.runner import plan, run_grid
 
     given: dict[str, Any] = {name: getattr(options, name) for name in ("model", "data", "device")}
+    for name, value in given.items():
+        if value == "":
+            raise OptionError(f"--{name} is empty; leave it out to take the grid's.")
     given["trust_remote_code"] = options.trust_remote_code or None
     grid = read_grid(options.grid, **{name: value for name, value in given.items() if value is not None})
     if grid.run.trust_remote_code and not options.trust_remote_code:
@@ -65,7 +72,9 @@ def ablate(options: AblateOptions) -> None:
     with _notes_in_records():
         records = run_grid(grid, options.output, on_record=_tell, **how)
     failed = sum(record["status"] == FAILED for record in records)
-    typer.echo(f"{len(records)} cells, {failed} failed; report: {options.output / HTML}")
+    typer.echo(
+        f"{len(records)} {'cell' if len(records) == 1 else 'cells'}, {failed} failed; report: {options.output / HTML}"
+    )
     if failed == len(records):
         raise typer.Exit(ExitCode.FAILED)
 

@@ -42,7 +42,6 @@ _LEGEND_WIDTH: Final = 78
 """Characters that a row of a legend holds."""
 _DPI: Final = 170
 _MARKERS: Final = "osD^v<>Ph*X"
-_COLOURS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def _cost_picture(shown: Sequence[Configuration], cost: tuple[str, str, float, s
             *zip(*alike, strict=True),
             ls="",
             marker=_MARKERS[place % len(_MARKERS)],
-            color=f"C{place % _COLOURS}",
+            color=f"C{place}",
             mfc="none" if hollow else None,
             ms=MARKER,
             mew=1.4 if hollow else 0.0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from lora_da_core.ablation.comparison import Configuration, Interval, interval, paired
 from lora_da_core.ablation.downstream import AtBest
@@ -17,8 +17,6 @@ from lora_da_core.display import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_COLOURS: Final = 10
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _picture(rows: Sequence[Forgotten], measured: str) -> Picture:
     drawn: list[list[Point]] = []
     named: list[Named] = []
     for place, (name, line) in enumerate(zip(names, lines.values(), strict=True)):
-        colour = f"C{place % _COLOURS}"
+        colour = f"C{place}"
         drawn += _draw(axes, line, name, colour)
         named += _names(line, colour)
     axes.margins(0.12)

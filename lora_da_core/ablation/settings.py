@@ -174,7 +174,7 @@ class RunSettings:
 def text(name: str, value: Any) -> None:
     """Refuses what is no text, or an empty one."""
     if not isinstance(value, str) or not value:
-        raise OptionError(f"{name} is {value!r}; it must be a text.")
+        raise OptionError(f"{name} is {value!r}; it must be a text that is not empty.")
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_SEED: Final = 0
 """Seed of the draw of held-out rows, which every seed of the grid shares."""
+
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,8 @@ class Workspace:
         pairs = objective is not None and self.registry.create("objective", objective).takes_pairs
         key = (samples, seed, pairs)
         if key not in self._draws:
-            found: TextData | PairData
-            if pairs:
-                found = self._pairs(self.pool, samples, seed, SEARCH_SAMPLES)
-            else:
-                found = self._encoded(self.pool, self.template, samples, seed, SEARCH_SAMPLES)
+            encode: Callable[..., TextData | PairData] = encode_pairs if pairs else encode_text
+            found = self._encoded(encode, self.pool, self.template, samples, seed, SEARCH_SAMPLES)
             made, unseen = (self._batched(part, self.run.batch_size) for part in (found.samples, found.unseen))
             notes = (*self.loaded.notes, *found.notes)
             self._draws = {key: Draw(made, len(found.samples), found.tokens, notes, unseen)}
@@ -212,8 +211,8 @@ class Workspace:
     def _to_train(self, rows: Rows, samples: int | None, seed: int) -> Sequence[Any]:
         """Texts, or pairs, each with what the objective asks of the base: to be asked while it carries no adapter."""
         if self.objective is None:
-            return self._encoded(rows, self.template, samples, seed).samples
-        found = self._pairs(rows, samples, seed)
+            return self._encoded(encode_text, rows, self.template, samples, seed).samples
+        found = self._encoded(encode_pairs, rows, self.template, samples, seed)
         return completed(found.samples, self.objective, self.model, self.loaded.tokenizer.pad_token_id)
 
     def source(self, seed: int) -> Sequence[Batch]:
@@ -232,7 +231,7 @@ class Workspace:
         assert source is not None and self.source_rows is not None
         pool, kept_out = _parts(self.source_rows, source.held_out)
         rows, samples = (kept_out, None) if held_out else (pool, source.samples)
-        return self._encoded(rows, source.prompt_template, samples, seed)
+        return self._encoded(encode_text, rows, source.prompt_template, samples, seed)
 
     def lora(self, rank: int) -> LoraConfig:
         """The LoRA configuration of a rank."""
@@ -249,10 +248,6 @@ class Workspace:
             base_model_name=run.model,
         )
 
-    def _pairs(self, rows: Rows, samples: int | None, seed: int, beyond: int = 0) -> PairData:
-        options = TextOptions(self.template, self.run.max_length, samples, seed, beyond)
-        return encode_pairs(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
-
     def _batched(self, samples: Sequence[Any], size: int | None) -> list[Batch]:
         """Batches of texts, or of pairs; without a size they are filled up."""
         padding = self.loaded.tokenizer.pad_token_id
@@ -260,9 +255,17 @@ class Workspace:
             return [*pair_batches(samples, padding, size)]
         return [*batches(samples, pad_token_id=padding, batch_size=size)]
 
-    def _encoded(self, rows: Rows, template: str | None, samples: int | None, seed: int, beyond: int = 0) -> TextData:
+    def _encoded(
+        self,
+        encode: Callable[..., Encoded],
+        rows: Rows,
+        template: str | None,
+        samples: int | None,
+        seed: int,
+        beyond: int = 0,
+    ) -> Encoded:
         options = TextOptions(template, self.run.max_length, samples, seed, beyond)
-        return encode_text(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
+        return encode(rows, self.loaded.tokenizer, options, model_limit=self.loaded.max_positions)
 
 
 def _modules(names: str | Sequence[str]) -> str | list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +108,8 @@ def lora_config(
         raise OptionError(f"rank is {rank}; it must be at least 1.")
     if not (math.isfinite(lora_alpha) and lora_alpha > 0):
         raise OptionError(f"lora_alpha is {lora_alpha}; it must be a finite number above 0.")
+    if not target_modules:
+        raise OptionError("target_modules is empty; give 'all-linear', endings of names, or a regular expression.")
     for option, value in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         if isinstance(value, str):
             _check_regex(option, value)
@@ -335,7 +338,9 @@ def apply(
     check_config(peft_config)
     check_adapter_name(adapter_name)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.random.fork_rng(devices=[]):  # PEFT draws an A that is overwritten below
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # PEFT draws an A that is overwritten below
+        # A report's notes say it, with the names.
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")
         peft_model = get_peft_model(model, copy.deepcopy(peft_config), adapter_name=adapter_name)
     try:
         write(peft_model, state_dict(factors), adapter_name)

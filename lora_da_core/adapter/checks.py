@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from lora_da_core.adapter.targets import base_of
 from lora_da_core.errors import AdapterError
 from lora_da_core.placement import is_offloaded, present_parameters, whole
 from lora_da_core.types import RunReport
+
+LONGEST_REASON = 400
+"""Characters that are shown of why an adapter cannot be loaded."""
 
 FINGERPRINT_ELEMENTS = 1024
 """Elements of each parameter that enter a fingerprint."""
@@ -129,7 +133,8 @@ def verify(directory: Path, model: nn.Module, report: RunReport, batch: Mapping[
     try:
         loaded = _loaded(model, directory)
     except Exception as error:
-        raise AdapterError(f"PEFT cannot load {directory} onto this model: {error}") from error
+        why = textwrap.shorten(str(error), LONGEST_REASON)  # torch names every tensor that does not fit
+        raise AdapterError(f"PEFT cannot load {directory} onto this model: {why}") from error
     loaded.eval()
     held = held_factors(loaded.get_base_model(), "default")
     reported = {layer.name: (layer.digest_A, layer.digest_B) for layer in report.layers}

@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,6 +27,9 @@ from lora_da_core.types import LayerSpec, Unsupported
 SKELETON = "default"
 """The adapter's name on a skeleton, whatever the real one will be called."""
 
+_REFUSALS = (TypeError, ValueError, re.error)
+"""What PEFT raises of a configuration that does not fit the model."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -36,16 +39,15 @@ class Targets:
     modules: Mapping[str, nn.Module]
     skipped: Mapping[str, str] = field(default_factory=dict)
     """Reason by name of the module."""
-    unmatched: tuple[str, ...] = ()
-    """Names of a list that no module has, while others were found: PEFT passes over them in silence."""
+    unmatched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By `target_modules` and `exclude_modules`, what fits no module while layers are adapted: PEFT passes over it."""
 
     @property
     def notes(self) -> list[str]:
         """What is skipped, for the report."""
         skipped = [f"left at PEFT's own initialisation: {name} ({reason})" for name, reason in self.skipped.items()]
-        if not self.unmatched:
-            return skipped
-        return [f"no module has these names of target_modules: {', '.join(self.unmatched)}", *skipped]
+        unmatched = [f"no module has these names of {key}: {', '.join(names)}" for key, names in self.unmatched.items()]
+        return [*unmatched, *skipped]
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -184,12 +186,19 @@ def resolve_targets(
     return Targets(tuple(specs), modules, skipped, _unmatched(peft_config, named))
 
 
-def _unmatched(peft_config: LoraConfig, names: Iterable[str]) -> tuple[str, ...]:
-    """The entries of a list of targets that end no module's name."""
-    targets = peft_config.target_modules
-    wanted = [] if targets is None or isinstance(targets, str) else sorted(targets)
-    dotted = [f".{name}" for name in names]
-    return tuple(each for each in wanted if not any(name.endswith(f".{each}") for name in dotted))
+def _unmatched(peft_config: LoraConfig, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Names that end no module's, and a regex of what is excluded that fits none; one of targets must fit some."""
+    targets, excluded = peft_config.target_modules, peft_config.exclude_modules
+    found = {"target_modules": () if isinstance(targets, str) else _in_no_name(targets or (), names)}
+    if not isinstance(excluded, str):
+        found["exclude_modules"] = _in_no_name(excluded or (), names)
+    elif excluded and not any(re.fullmatch(excluded, name) for name in names):
+        found["exclude_modules"] = (excluded,)
+    return {key: each for key, each in found.items() if each}
+
+
+def _in_no_name(endings: Iterable[str], names: Collection[str]) -> tuple[str, ...]:
+    return tuple(each for each in sorted(endings) if not any(f".{name}".endswith(f".{each}") for name in names))
 
 
 def check_saved_modules(model: nn.Module, adapter_name: str) -> None:
@@ -237,24 +246,51 @@ def _check_tying(peft_config: LoraConfig, layers: Mapping[str, LoraLayer], adapt
 
 
 def _skeleton(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
-    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
-    tensors: Iterable[Tensor] = itertools.chain(base.parameters(), base.buffers())
     try:
-        with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            clone = copied_tree(base, {id(tensor): tensor for tensor in tensors})
-            get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
-        return clone
-    except (TypeError, ValueError, re.error) as error:
+        return _injected(base, peft_config)
+    except _REFUSALS as error:
         raise TargetError(_no_match(base, peft_config, error)) from error
 
 
+def _injected(base: nn.Module, peft_config: LoraConfig) -> nn.Module:
+    """A copy of the module tree that shares every weight, with PEFT's layers on the meta device injected."""
+    tensors: Iterable[Tensor] = itertools.chain(base.parameters(), base.buffers())
+    with keeping_requires_grad(base), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clone = copied_tree(base, {id(tensor): tensor for tensor in tensors})
+        get_peft_model(clone, copy.deepcopy(peft_config), adapter_name=SKELETON, low_cpu_mem_usage=True)
+    return clone
+
+
 def _no_match(base: nn.Module, peft_config: LoraConfig, error: Exception) -> str:
-    targets = peft_config.target_modules
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
+    wanted = _listed(peft_config.target_modules)
+    if not isinstance(error, re.error) and _excludes_all(base, peft_config):
+        return (
+            f"exclude_modules {_listed(peft_config.exclude_modules)} leaves none of the layers that target_modules "
+            f"{wanted} names; exclude fewer of them."
+        )
     endings = sorted(
         {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if type(module).__name__ in CLASSES}
     )
-    close = [match for name in wanted for match in difflib.get_close_matches(name, endings, n=2)]
+    by_lower = {ending.lower(): ending for ending in endings}
+    odd = [name.lower() for name in wanted if name not in endings]
+    close = [by_lower[match] for name in odd for match in difflib.get_close_matches(name, by_lower, n=2)]
     hint = f"Closest: {', '.join(close)}. " if close else ""
     return f"target_modules {wanted} cannot be adapted. {hint}Layers here: {', '.join(endings)}. PEFT says: {error}"
+
+
+def _excludes_all(base: nn.Module, peft_config: LoraConfig) -> bool:
+    """Whether PEFT takes the configuration as soon as it excludes nothing."""
+    if not peft_config.exclude_modules:
+        return False
+    including = copy.deepcopy(peft_config)
+    including.exclude_modules = None
+    try:
+        _injected(base, including)
+    except _REFUSALS:
+        return False
+    return True
+
+
+def _listed(names: Iterable[str] | str | None) -> list[str]:
+    return [names] if isinstance(names, str) else sorted(names or ())

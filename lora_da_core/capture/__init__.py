@@ -311,12 +311,12 @@ class Run:
         # Where hooks move what a layer is given, its inputs are still on the device that they come from.
         place = self.task.device_of(name)
         rows = [(x.to(place), None if g is None else g.to(place)) for x, g in rows]
-        inputs = _joined([x for x, _ in rows])
-        output_grads = _joined([g if self._scale == 1 else g.float() / self._scale for _, g in rows if g is not None])
+        inputs = _concat([x for x, _ in rows])
+        output_grads = _concat([g if self._scale == 1 else g.float() / self._scale for _, g in rows if g is not None])
         assert inputs is not None
         if output_grads is not None:
             ledger.finite[name] = output_grads.sum(dtype=torch.promote_types(torch.float32, output_grads.dtype))
-        places = ledger.joined(uses, [len(x) for x, _ in rows])
+        places = ledger.places_of_uses(uses, [len(x) for x, _ in rows])
         self._accumulate(name, [use.input for use in uses], places, inputs, output_grads)
 
     def _accumulate(
@@ -418,5 +418,5 @@ class Run:
             self._group(self.statistics.layers[name], tuple(key), leader)
 
 
-def _joined(blocks: Sequence[Tensor]) -> Tensor | None:
+def _concat(blocks: Sequence[Tensor]) -> Tensor | None:
     return torch.cat(list(blocks)) if len(blocks) > 1 else next(iter(blocks), None)

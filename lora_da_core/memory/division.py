@@ -229,8 +229,8 @@ class _Cut:
             [number for block in range(start, end) for number in self._by_block[block]]
             for start, end in zip(starts, ends, strict=False)
         ]
-        stored = [self._stored(part, len(starts)) for part in range(len(starts))]
-        sweep = Sweep(self._blocks, starts, stored, self._head_alone)
+        hidden = [self._hidden(part, len(starts)) for part in range(len(starts))]
+        sweep = Sweep(self._blocks, starts, hidden, self._head_alone)
         return Division(
             self._layers,
             self._place,
@@ -258,11 +258,11 @@ class _Cut:
     def _fits(self, start: int, end: int, part: int, parts: int) -> bool:
         groups = [self._groups[number] for block in range(start, end) for number in self._by_block[block]]
         sweep = Sweep(self._blocks, [end, start] if part else [start], [], self._head_alone)
-        stored = self._stored(part, parts)
-        peak = self._phases.peak_of_part(groups, self._solutions, sweep.activations(min(part, 1)), stored)
+        hidden = self._hidden(part, parts)
+        peak = self._phases.peak_of_part(groups, self._solutions, sweep.activations(min(part, 1)), hidden)
         return _within(peak, self._limits.device)
 
-    def _stored(self, part: int, parts: int) -> int:
+    def _hidden(self, part: int, parts: int) -> int:
         """Bytes of hidden states on the device: inputs of the parts that are left, and one gradient."""
         if self._states == "host":
             return 0

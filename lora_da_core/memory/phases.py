@@ -117,13 +117,13 @@ class Sweep:
     Attributes:
         blocks: What a batch takes from block to block.
         starts: The first block of each part; of one that holds layers after the blocks alone, their count.
-        stored: By part, bytes of hidden states of all batches that lie on the device.
+        hidden: By part, bytes of hidden states of all batches that lie on the device.
         head_alone: Whether the blocks of the first part are run again too, after what follows them.
     """
 
     blocks: BlockBytes
     starts: Sequence[int]
-    stored: Sequence[int]
+    hidden: Sequence[int]
     head_alone: bool = False
 
     def activations(self, part: int) -> int:
@@ -177,11 +177,11 @@ class Phases:
             passes = [[*self._pass(part, solutions, self._activations(part), 0)] for part in parts]
         else:
             passes = [
-                [*self._pass(part, solutions, sweep.activations(number), sweep.stored[number])]
+                [*self._pass(part, solutions, sweep.activations(number), sweep.hidden[number])]
                 for number, part in enumerate(parts)
             ]
             if sweep.head_alone:
-                alone = (self.weights, 0, sweep.head(), sweep.stored[0])
+                alone = (self.weights, 0, sweep.head(), sweep.hidden[0])
                 passes.append([_phase("statistics", "statistics of no layer", "activations of a batch", alone)])
         heaviest = [max(alternatives, key=_total) for alternatives in itertools.zip_longest(*passes, fillvalue=())]
         if self.search is not None:
@@ -190,21 +190,21 @@ class Phases:
         # A phase that takes nothing of its own has nothing to tell.
         return [row for rows in heaviest for row in rows if row.bytes and rows[_OWN].bytes]
 
-    def peak_of_part(self, part: Sequence[Group], solutions: int, activations: int, stored: int) -> int:
+    def peak_of_part(self, part: Sequence[Group], solutions: int, activations: int, hidden: int) -> int:
         """Most bytes of a part that is run again.
 
         Args:
             part: Its groups.
             solutions: Bytes of all layers' subspaces.
             activations: What a batch takes.
-            stored: Hidden states that lie on the device.
+            hidden: Bytes of hidden states that lie on the device.
 
         Returns:
             Bytes, weights included.
         """
-        return max(_total(rows) for rows in self._pass(part, solutions, activations, stored))
+        return max(_total(rows) for rows in self._pass(part, solutions, activations, hidden))
 
-    def _pass(self, part: Sequence[Group], solutions: int, activations: int, stored: int) -> Iterator[list[PlanRow]]:
+    def _pass(self, part: Sequence[Group], solutions: int, activations: int, hidden: int) -> Iterator[list[PlanRow]]:
         layers = [layer for group in part for layer in group]
         statistics = self.rounds * statistics_of(part)
         of_layers = f"statistics of {len(layers)} {'layer' if len(layers) == 1 else 'layers'}"
@@ -212,7 +212,7 @@ class Phases:
         solved = PlanRow("solve", "subspaces of all layers", solutions)
 
         def phase(name: str, what: str, size: int, *, missing: int = 0) -> list[PlanRow]:
-            return _phase(name, of_layers + of_rounds, what, (self.weights, statistics - missing, size, stored))
+            return _phase(name, of_layers + of_rounds, what, (self.weights, statistics - missing, size, hidden))
 
         last = sum(layer.layer - layer.earlier for layer in layers)
         yield phase("statistics", "activations of a batch", activations, missing=last)
