@@ -1,7 +1,8 @@
 """Time of an initialisation over one plain forward and backward pass with weight gradients of the same batches.
 
 Both run alternately in one process on the same model and batches; the ratio's median is reported, with the
-statistics, solve and scale phases apart, the fixed scale apart from the automatic one.
+statistics, solve and scale phases apart, the fixed scale apart from the automatic one. The peak of resident memory is
+that of the run with a fixed scale; what the process held before it, but for the weights, is not counted (Linux).
 
     python -m benchmarks.cpu_smollm2 --model MODEL.gguf --data problems.jsonl [--samples 256] [--repetitions 3]
 """
@@ -22,6 +23,9 @@ from torch import nn
 import lora_da_core
 from benchmarks.machine import machine, write_json
 from lora_da_core import adapter, data, models
+from lora_da_core.batches import batch_tokens_on
+
+MIB = 2**20
 
 
 def main() -> None:
@@ -31,7 +35,11 @@ def main() -> None:
     text = data.encode_text(
         data.load_rows(options.data), loaded.tokenizer, data.TextOptions(samples=options.samples, seed=0)
     )
-    batches = data.batches(text.samples, pad_token_id=loaded.tokenizer.pad_token_id)
+    batches = data.batches(
+        text.samples,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        tokens_per_batch=batch_tokens_on(torch.device(options.device)),
+    )
     lora = adapter.lora_config(
         rank=options.rank,
         lora_alpha=16,
@@ -45,10 +53,14 @@ def main() -> None:
         solver=options.solver, config=dataclasses.replace(automatic.config, scale="fixed")
     )
     rows: list[dict[str, Any]] = []
+    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    before, peak = _resident(), 0
     for repetition in range(options.repetitions):
         plain, _ = _timed(_forward_backward, loaded.model, batches)
         total, result = _timed(automatic.run, loaded.model, batches, lora)
+        _forget_peak()
         fixed_total, _ = _timed(fixed.run, loaded.model, batches, lora)
+        peak = max(peak, _resident("VmHWM"))
         report = result.report
         rows.append({"plain": plain, "automatic": total, "fixed": fixed_total, "phases": dict(report.seconds)})
         print(
@@ -60,6 +72,8 @@ def main() -> None:
         "samples": options.samples,
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         "rank": options.rank,
+        "weights_mib": weights / MIB,
+        "peak_mib": (peak - before + weights) / MIB,
         "seed": 0,
         "rows": rows,
         "ratio_automatic": statistics.median(row["automatic"] / row["plain"] for row in rows),
@@ -76,6 +90,7 @@ def main() -> None:
         f"{figures['converged']} of {figures['layers']} layers converged, "
         f"worst residual {figures['worst_residual']:.1e} of ‖Ω‖"
     )
+    print(f"weights {figures['weights_mib']:.0f} MiB, peak of weights and run {figures['peak_mib']:.0f} MiB")
     write_json(Path(options.output), figures)
 
 
@@ -90,6 +105,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", default="runs/benchmarks/cpu_smollm2.json")
     return parser.parse_args()
+
+
+def _resident(what: str = "VmRSS") -> int:
+    """Bytes of the process that are in memory, or (`VmHWM`) the most there were."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return int(line.split()[1]) * 1024
+
+
+def _forget_peak() -> None:
+    """Lets `VmHWM` begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

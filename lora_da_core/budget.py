@@ -12,7 +12,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lora_da_core.adapter import Targets
 from lora_da_core.batches import cut
 from lora_da_core.capture import SweepSettings
 from lora_da_core.errors import OptionError
@@ -80,6 +79,8 @@ def plan_within(
         OptionError: Not even the layers of one input per pass keep within the limit; the message says what would do.
             Or ZeRO-3 shards the model.
     """
+    from lora_da_core.adapter import Targets
+
     if is_partitioned(job.task.model):
         raise OptionError("max_memory cannot plan for a model that DeepSpeed's ZeRO-3 shards; give layers_per_pass.")
     task = job.task

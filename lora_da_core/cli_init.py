@@ -198,6 +198,8 @@ def assembled(request: Request) -> Assembled:
         LoraDAError: The data or the model cannot be loaded.
     """
     from lora_da_core import data, models
+    from lora_da_core.batches import batch_tokens_on
+    from lora_da_core.placement import model_device
 
     options, pipeline = request.options, request.pipeline
     rows = data.load_rows(options.data, split=options.split)
@@ -215,10 +217,12 @@ def assembled(request: Request) -> Assembled:
         pipeline.config = replace(pipeline.config, population=samples.population)
         notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
     pipeline.config = replace(pipeline.config, samples=len(samples.samples))
-    taken, unseen = (
-        data.batches(part, pad_token_id=loaded.tokenizer.pad_token_id, batch_size=options.batch_size)
-        for part in (samples.samples, samples.unseen)
-    )
+    filled = {
+        "pad_token_id": loaded.tokenizer.pad_token_id,
+        "batch_size": options.batch_size,
+        "tokens_per_batch": batch_tokens_on(model_device(loaded.model)),
+    }
+    taken, unseen = (data.batches(part, **filled) for part in (samples.samples, samples.unseen))
     return Assembled(pipeline, loaded, taken, unseen, request.lora, tuple(notes))
 
 

@@ -145,7 +145,11 @@ class InitOptions:
     ] = None
     batch_size: Annotated[
         int | None,
-        _option(_TEXT, "Samples per batch; it changes memory and speed, not the result.", show_default="2048 tokens"),
+        _option(
+            _TEXT,
+            "Samples per batch; it changes memory and speed, not the result.",
+            show_default="256 tokens on a CPU, 2048 elsewhere",
+        ),
     ] = None
 
     preset: Annotated[

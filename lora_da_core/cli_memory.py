@@ -26,6 +26,7 @@ def needed_offload(request: Request, rows: Rows, shapes: ModelShapes | None) -> 
     from torch import distributed
 
     from lora_da_core import data, models
+    from lora_da_core.batches import batch_tokens_on
     from lora_da_core.budget import resident_within
 
     options = request.options
@@ -37,7 +38,12 @@ def needed_offload(request: Request, rows: Rows, shapes: ModelShapes | None) -> 
         shapes = models.load_shapes(source, device=options.device, dtype=options.dtype, trust_remote_code=trusted)
     tokenizer, _ = models.load_tokenizer(source, trust_remote_code=trusted)
     samples = data.encode_text(rows, tokenizer, request.text, model_limit=shapes.max_positions).samples
-    batches = data.batches(samples, pad_token_id=tokenizer.pad_token_id, batch_size=options.batch_size)
+    batches = data.batches(
+        samples,
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=options.batch_size,
+        tokens_per_batch=batch_tokens_on(shapes.device),
+    )
     alone = not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
     resident = resident_within(
         request.pipeline, shapes.model, request.lora, batches, shapes.device, limit, by_block=alone

@@ -52,7 +52,9 @@ class PlanOptions:
     tokens: Annotated[
         int | None, _option("Tokens of all samples together.", show_default="samples times the longest")
     ] = None
-    batch_size: Annotated[int | None, _option("Samples per batch.", show_default="2048 tokens")] = None
+    batch_size: Annotated[
+        int | None, _option("Samples per batch.", show_default="256 tokens on a CPU, 2048 elsewhere")
+    ] = None
     preset: Annotated[str, _option("Setting that fills whatever is not given.")] = "robust"
     estimator: Annotated[str | None, _option("Fisher estimator.", show_default="the preset's")] = None
     estimator_option: Annotated[
@@ -122,7 +124,7 @@ def plan(options: PlanOptions) -> None:
     shapes = models.load_shapes(
         options.model, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
-    workload = _workload(options, shapes)
+    workload = _workload(options, shapes).on(shapes.device)
     found = estimate_memory(
         shapes.model,
         lora,

@@ -426,9 +426,14 @@ def test_wrong_workloads_are_refused(settings, message):
 
 
 def test_batches_are_filled_as_init_fills_them():
-    assert Workload(256, 1024).batch == BatchShape(2, 1024)
-    assert Workload(256, 4096).batch == BatchShape(1, 4096)
-    assert Workload(3, 100).batch == BatchShape(3, 100)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Workload(256, 1024).on(cuda).batch == BatchShape(2, 1024)
+    assert Workload(256, 100).on(cpu).batch == BatchShape(2, 100)
+    assert Workload(256, 4096).on(cuda).batch == BatchShape(1, 4096)
+    assert Workload(1, 100).on(cpu).batch == BatchShape(1, 100)
+    assert Workload(9, 100, batch_size=7).on(cpu).batch == BatchShape(7, 100)
+    with pytest.raises(OptionError, match="no batch_size"):
+        _ = Workload(3, 100).batch
     assert Workload(256, 128, batch_size=64).search == BatchShape(16, 128)
     assert Workload(4, 128, batch_size=64).search == BatchShape(4, 128)
 
@@ -439,7 +444,7 @@ def test_preference_pairs_are_planned_as_two_texts() -> None:
     found = workload_of(pairs)
     assert found == Workload(4, 9, tokens=72, batch_size=3, texts=2)
     assert found.batch == BatchShape(3, 9, 2) and found.batch.rows == 6 and found.total == 72
-    assert Workload(256, 512, texts=2).batch == BatchShape(2, 512, 2)
+    assert Workload(256, 512, texts=2).on(torch.device("cuda")).batch == BatchShape(2, 512, 2)
     pipe = lora_da_core.build_pipeline(objective="dpo", config=lora_da_core.LoraDAConfig(scale="fixed"))
     plans = [plan_of(pipe, workload=load).phases() for load in (found, Workload(8, 9, batch_size=6))]
     # As many texts of one length take what they take as single samples, and less than half as many of twice the length.

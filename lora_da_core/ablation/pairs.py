@@ -146,18 +146,21 @@ def pair_batch(pairs: Sequence[Pair], pad_token_id: int) -> dict[str, Tensor]:
     return {**batch, **{name: torch.stack([pair.added[name] for pair in pairs]) for name in pairs[0].added}}
 
 
-def pair_batches(pairs: Sequence[Pair], pad_token_id: int, batch_size: int | None = None) -> list[dict[str, Tensor]]:
+def pair_batches(
+    pairs: Sequence[Pair], pad_token_id: int, batch_size: int | None, tokens_per_batch: int
+) -> list[dict[str, Tensor]]:
     """Batches of pairs of similar length, the longest first.
 
     Args:
         pairs: At least one.
         pad_token_id: What fills the right.
-        batch_size: Pairs in a batch; None fills batches up to 2048 tokens.
+        batch_size: Pairs in a batch; None fills batches up to `tokens_per_batch`.
+        tokens_per_batch: Tokens in a batch, padding counted.
 
     Returns:
         As `pair_batch` makes them.
     """
-    parts = filled(pairs, lambda pair: 2 * pair.length, batch_size)
+    parts = filled(pairs, lambda pair: 2 * pair.length, batch_size, tokens_per_batch)
     return [pair_batch(part, pad_token_id) for part in parts]
 
 

@@ -25,6 +25,7 @@ from lora_da_core.ablation.pairs import (
 from lora_da_core.ablation.results import data_fingerprint, versions
 from lora_da_core.ablation.settings import RunSettings
 from lora_da_core.ablation.stacked import check_stackable
+from lora_da_core.batches import batch_tokens_on
 from lora_da_core.cli_options import module_names
 from lora_da_core.data import Rows, TextData, TextOptions, batches, encode_text, load_rows
 from lora_da_core.errors import DataError
@@ -250,10 +251,10 @@ class Workspace:
 
     def _batched(self, samples: Sequence[Any], size: int | None) -> list[Batch]:
         """Batches of texts, or of pairs; without a size they are filled up."""
-        padding = self.loaded.tokenizer.pad_token_id
+        padding, tokens = self.loaded.tokenizer.pad_token_id, batch_tokens_on(self.device)
         if samples and isinstance(samples[0], Pair):
-            return [*pair_batches(samples, padding, size)]
-        return [*batches(samples, pad_token_id=padding, batch_size=size)]
+            return [*pair_batches(samples, padding, size, tokens)]
+        return [*batches(samples, pad_token_id=padding, batch_size=size, tokens_per_batch=tokens)]
 
     def _encoded(
         self,

@@ -45,7 +45,7 @@ class PlannedModel:
     ) -> None:
         from lora_da_core import adapter
 
-        self.model, self.pipeline, self.workload, self.device = model, pipeline, workload, device
+        self.model, self.pipeline, self.workload, self.device = model, pipeline, workload.on(device), device
         parts, config = pipeline.components, pipeline.config
         self.base = adapter.base_of(model)
         self.specs: Sequence[LayerSpec] = targets.specs

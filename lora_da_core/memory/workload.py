@@ -6,7 +6,9 @@ import math
 import re
 from dataclasses import dataclass, replace
 
-from lora_da_core.batches import TOKENS_PER_BATCH
+import torch
+
+from lora_da_core.batches import batch_tokens_on
 from lora_da_core.errors import OptionError
 from lora_da_core.memory.activations import BatchShape
 from lora_da_core.sizing import SEARCH_SAMPLES
@@ -74,7 +76,8 @@ class Workload:
         samples: How many samples are read.
         max_length: Tokens of the longest one: batches are padded to it.
         tokens: Tokens of all samples together; None takes the longest for each.
-        batch_size: Samples in a batch; None fills batches up to 2048 tokens, as `lora-da init` does.
+        batch_size: Samples in a batch; None fills batches up to 256 tokens on a CPU and 2048 elsewhere, as
+            `lora-da init` does.
         texts: Texts of a sample, each of at most `max_length` tokens: 2 where a chosen and a rejected one are compared.
     """
 
@@ -101,12 +104,22 @@ class Workload:
         """Tokens of all samples together."""
         return self.samples * self.texts * self.max_length if self.tokens is None else self.tokens
 
+    def on(self, device: torch.device) -> Workload:
+        """The same with a size of batches, where there is none, that suits a device."""
+        if self.batch_size is not None:
+            return self
+        return replace(self, batch_size=max(1, batch_tokens_on(device) // (self.texts * self.max_length)))
+
     @property
     def batch(self) -> BatchShape:
-        """The largest batch."""
-        most = max(1, TOKENS_PER_BATCH // (self.texts * self.max_length))
-        size = most if self.batch_size is None else self.batch_size
-        return BatchShape(min(size, self.samples), self.max_length, self.texts)
+        """The largest batch, where a size is known.
+
+        Raises:
+            OptionError: None is; see `on`.
+        """
+        if self.batch_size is None:
+            raise OptionError("the workload has no batch_size; `on` gives it that of a device.")
+        return BatchShape(min(self.batch_size, self.samples), self.max_length, self.texts)
 
     @property
     def search(self) -> BatchShape:
