@@ -246,7 +246,11 @@ class GradientEstimator(Component[OptionsT]):
 
 
 class Solver(Component[OptionsT]):
-    """Finds the smallest eigenpairs of a symmetric operator. It does not know what LoRA is."""
+    """Finds the smallest eigenpairs of a symmetric operator. It does not know what LoRA is.
+
+    On CUDA one instance is asked in several threads at once, on a stream of each: what belongs to a call is not kept
+    on `self`, and no other stream is used.
+    """
 
     @abstractmethod
     def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:

@@ -592,6 +592,15 @@ class NeedsTheMatrix(Eigh):
         return super().smallest(operator, rank, generator=generator)
 
 
+class KeepsTheOperator(Eigh):
+    """Keeps what belongs to a call on itself."""
+
+    def smallest(self, operator: SymmetricOperator, rank: int, *, generator: torch.Generator) -> EigenResult:
+        self.operator = operator
+        operator.matmat(torch.ones(*operator.batch_shape, operator.size, 1, dtype=operator.dtype))
+        return super().smallest(self.operator, rank, generator=generator)
+
+
 @pytest.mark.parametrize(
     ("mutant", "check", "message"),
     [
@@ -608,6 +617,7 @@ class NeedsTheMatrix(Eigh):
         (Unseeded, "same_seed_gives_same_bytes", "residuals differ"),
         (SkipsOne, "solves_separated_in_float64", "not the least"),
         (NeedsTheMatrix, "solves_separated_in_float64", "AttributeError"),
+        (KeepsTheOperator, "a_solver_serves_two_threads", "another thread"),
     ],
 )
 def test_a_solver_with_a_mistake_fails(mutant: type[Eigh], check: str, message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from lora_da_core.types import EigenResult
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 """Residual relative to ‖Ω‖ that may count as converged, unless the solver's option `tolerance` is larger."""
+
+_MEETING_SECONDS = 60.0
+"""How long one of two solves waits for the other's first product."""
 
 
 class Opaque(SymmetricOperator):
@@ -246,6 +251,34 @@ def a_solver_holds_no_state(subject: Subject) -> None:
     require(bitwise(results[0].vectors) == bitwise(results[1].vectors), "an earlier problem changed the answer")
 
 
+class _Meeting(Opaque):
+    """A matrix whose first product waits for that of another one."""
+
+    def __init__(self, matrix: Tensor, meeting: threading.Barrier) -> None:
+        super().__init__(matrix)
+        self._meeting = meeting
+
+    def matmat(self, block: Tensor) -> Tensor:
+        if not self.products:
+            self._meeting.wait()
+        return super().matmat(block)
+
+
+def a_solver_serves_two_threads(subject: Subject) -> None:
+    """One instance solves two batches at once, as on CUDA: neither answer leaks into the other."""
+    solver, meeting = subject.make(), threading.Barrier(2, timeout=_MEETING_SECONDS)
+    matrices = [spectrum.matrix(torch.float64) for spectrum in SPECTRA[:2]]
+
+    def solved(operator: SymmetricOperator) -> Any:
+        return solver.smallest(operator, 4, generator=torch.Generator().manual_seed(0))
+
+    alone = [solved(Opaque(matrix)) for matrix in matrices]
+    with ThreadPoolExecutor(2) as pool:
+        together = [*pool.map(solved, [_Meeting(matrix, meeting) for matrix in matrices])]
+    for first, second in zip(alone, together, strict=True):
+        require(bitwise(first.vectors) == bitwise(second.vectors), "a solve in another thread changed the answer")
+
+
 _CHECKS = (
     declares_itself,
     same_seed_gives_same_bytes,
@@ -253,4 +286,5 @@ _CHECKS = (
     global_state_is_left_alone,
     stored_matrices_are_not_modified,
     a_solver_holds_no_state,
+    a_solver_serves_two_threads,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +17,9 @@ from lora_da_core.operators import Dense, SymmetricOperator
 from lora_da_core.types import EigenResult
 from lora_da_solvers._ritz import check_request, dense_smallest, each_of_batch, finish, relative_tolerance
 from lora_da_solvers._subspace import estimated_norm, orthonormal
+
+_TRACKED = threading.Lock()
+"""Held by the one iteration that is tracked: torch puts a tracker on the class of all of them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class LOBPCG(Solver[LOBPCGOptions]):
 
         # torch asserts that its count of converged pairs never falls, and rounding near its tolerance can make it
         # fall; a singular Gram matrix is a LinAlgError. The last iterate stands, and is judged by its residuals.
-        with suppress(AssertionError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        with _TRACKED, suppress(AssertionError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             torch.lobpcg(
                 matrix,
                 k=start.shape[-1],
