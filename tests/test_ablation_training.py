@@ -123,8 +123,9 @@ class TestRegularizers:
         assert len(records) == 7 and {record["status"] for record in regularised[1]} == {"done"}
         assert len({record["digest"] for record in records}) == 1 and len({record["cell"] for record in records}) == 7
         assert sum(not record["reused"] for record in records) == 1
-        first = {tuple(curve["losses"][:1]) for record in records[1:] for curve in record["curves"]}
-        assert len(first) == 1
+        # One is trained alone and the others together, which rounds in another order.
+        first = [curve["losses"][0] for record in records[1:] for curve in record["curves"]]
+        assert first == pytest.approx([first[0]] * len(first), rel=1e-6)
 
     def test_no_strength_is_no_penalty(self, regularised: Any) -> None:
         records = [record for record in regularised[1] if record["baseline"] is None]
