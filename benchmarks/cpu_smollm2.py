@@ -1,8 +1,8 @@
 """Time of an initialisation over one plain forward and backward pass with weight gradients of the same batches.
 
 Both run alternately in one process on the same model and batches; the ratio's median is reported, with the
-statistics, solve and scale phases apart, the fixed scale apart from the automatic one. The peak of resident memory is
-that of the run with a fixed scale; what the process held before it, but for the weights, is not counted (Linux).
+statistics, solve and scale phases apart, the fixed scale apart from the automatic one. The peak of memory is
+that of the run with a fixed scale; what the process held before it, but for the weights, is not counted.
 
     python -m benchmarks.cpu_smollm2 --model MODEL.gguf --data problems.jsonl [--samples 256] [--repetitions 3]
 """
@@ -23,6 +23,7 @@ from torch import nn
 import lora_da_core
 from benchmarks.machine import machine, write_json
 from lora_da_core import adapter, data, models
+from lora_da_core.ablation.memory import PeakMemory
 from lora_da_core.batches import batch_tokens_on
 
 MIB = 2**20
@@ -54,13 +55,13 @@ def main() -> None:
     )
     rows: list[dict[str, Any]] = []
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    before, peak = _resident(), 0
+    peak = 0
     for repetition in range(options.repetitions):
         plain, _ = _timed(_forward_backward, loaded.model, batches)
         total, result = _timed(automatic.run, loaded.model, batches, lora)
-        _forget_peak()
-        fixed_total, _ = _timed(fixed.run, loaded.model, batches, lora)
-        peak = max(peak, _resident("VmHWM"))
+        with PeakMemory(torch.device(options.device)) as memory:
+            fixed_total, _ = _timed(fixed.run, loaded.model, batches, lora)
+        peak = max(peak, memory.peak)
         report = result.report
         rows.append({"plain": plain, "automatic": total, "fixed": fixed_total, "phases": dict(report.seconds)})
         print(
@@ -73,7 +74,7 @@ def main() -> None:
         "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         "rank": options.rank,
         "weights_mib": weights / MIB,
-        "peak_mib": (peak - before + weights) / MIB,
+        "peak_mib": (peak + weights) / MIB,
         "seed": 0,
         "rows": rows,
         "ratio_automatic": statistics.median(row["automatic"] / row["plain"] for row in rows),
@@ -105,17 +106,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", default="runs/benchmarks/cpu_smollm2.json")
     return parser.parse_args()
-
-
-def _resident(what: str = "VmRSS") -> int:
-    """Bytes of the process that are in memory, or (`VmHWM`) the most there were."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
-    return int(line.split()[1]) * 1024
-
-
-def _forget_peak() -> None:
-    """Lets `VmHWM` begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

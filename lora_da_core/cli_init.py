@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -217,12 +218,13 @@ def assembled(request: Request) -> Assembled:
         pipeline.config = replace(pipeline.config, population=samples.population)
         notes.append(f"N = {samples.population}, the rows of the data set; --population sets another.")
     pipeline.config = replace(pipeline.config, samples=len(samples.samples))
-    filled = {
-        "pad_token_id": loaded.tokenizer.pad_token_id,
-        "batch_size": options.batch_size,
-        "tokens_per_batch": batch_tokens_on(model_device(loaded.model)),
-    }
-    taken, unseen = (data.batches(part, **filled) for part in (samples.samples, samples.unseen))
+    batched = partial(
+        data.batches,
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        batch_size=options.batch_size,
+        tokens_per_batch=batch_tokens_on(model_device(loaded.model)),
+    )
+    taken, unseen = batched(samples.samples), batched(samples.unseen)
     return Assembled(pipeline, loaded, taken, unseen, request.lora, tuple(notes))
 
 
